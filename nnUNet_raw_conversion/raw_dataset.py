@@ -1,4 +1,4 @@
-"""The nnU-Net raw dataset folder that all converters write: channels CT (HU) and PET (SUVbw), clinical.csv, imagesPt."""
+"""The nnU-Net raw dataset folder that all converters write: channels CT (HU) and PET (SUVbw), imagesPt."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class RawDataset:
         self.staging = self.folder.with_name(f".partial_{self.folder.name}")
         for variable in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
             for taken in Path(os.environ.get(variable) or os.devnull).glob(f"Dataset{dataset_id:03d}_*"):
-                raise UserError(f"-d {dataset_id}: this ID is taken by {taken}; choose another ID or remove that folder")
+                raise UserError(f"-d {dataset_id}: this ID is taken by {taken}; choose another or remove that folder")
 
     def __enter__(self) -> RawDataset:
         shutil.rmtree(self.staging, ignore_errors=True)

@@ -1,0 +1,96 @@
+"""The bridge between a pretraining and a network: encoders.safetensors with its contract (DESIGN contract 7)."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from nnUNet_raw_conversion.command import UserError
+from plans.contract import CONTRACT_NAME, WEIGHTS_NAME, Contract, expected_shapes, locate_artefact, read_contract
+
+NNUNET_NAME = "encoders_nnunet.pth"
+
+
+def save_artefact(folder: Path, encoders: nn.ModuleDict, contract: Contract) -> None:
+    """Write encoders.safetensors, encoders.json and encoders_nnunet.pth (for stock `-pretrained_weights`).
+
+    Each file is written under a temporary name and renamed; the contract comes last.
+    """
+    weights = {name: value.detach().cpu().contiguous() for name, value in encoders.state_dict().items()}
+    for_nnunet = {"network_weights": {f"encoders.{name}": value for name, value in weights.items()}}
+    writers = {
+        WEIGHTS_NAME: lambda path: save_file(weights, path),
+        NNUNET_NAME: lambda path: torch.save(for_nnunet, path),
+        CONTRACT_NAME: contract.save,
+    }
+    for name, write in writers.items():
+        partial = folder / f".partial_{name}"
+        write(partial)
+        os.replace(partial, folder / name)
+
+
+def check_artefact(pretrained: str | Path) -> Contract:
+    """The contract of an artefact whose weights file is whole and keeps it; reads only the file's header.
+
+    Raises:
+        UserError: absent, truncated, of another architecture, or weights that are not those of the contract.
+    """
+    contract = read_contract(pretrained)
+    path, _ = locate_artefact(pretrained)
+    try:
+        with safe_open(path, framework="pt") as file:
+            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path}: cannot be read ({error}); the file is damaged or cut off, copy it again") from error
+    for name, shape in expected_shapes(contract).items():
+        if shapes.get(name) != shape:
+            raise UserError(f"{path}: {name} is {shapes.get(name, 'missing')} where its contract says {shape}; "
+                            "weights and contract are of different pretrainings")  # fmt: skip
+    return contract
+
+
+def load_encoders(pretrained: str | Path, encoders: nn.ModuleDict) -> list[str]:
+    """Load an artefact's weights into the encoders CT and PET of a network; every weight must find its place.
+
+    Returns:
+        Lines for the log: what was loaded.
+
+    Raises:
+        UserError: as `check_artefact`, or weights that are missing, left over or of another shape.
+    """
+    contract = check_artefact(pretrained)
+    path, _ = locate_artefact(pretrained)
+    weights = load_file(path)
+    problems = compare(encoders.state_dict(), weights)
+    if problems:
+        raise UserError(f"{path}: does not fit the network ({len(problems)} keys: {'; '.join(problems[:3])} ...)")
+    encoders.load_state_dict(weights, strict=True)
+    seen = ", ".join(f"{d['name']} ({d['cases']} cases)" for d in contract.datasets)
+    return [
+        f"pretrained encoders from {path}",
+        f"  {contract.method}, {contract.preset}, token patch {list(contract.token_patch)}, {contract.epochs} epochs "
+        f"on {seen}",
+        *(
+            f"  {modality} encoder: {sum(name.startswith(modality) for name in weights)} tensors loaded, "
+            "0 missing, 0 left over"
+            for modality in encoders
+        ),
+    ]
+
+
+def compare(wanted: Mapping[str, torch.Tensor], given: Mapping[str, torch.Tensor]) -> list[str]:
+    """One line for every key that is missing, left over or of another shape."""
+    problems = [f"missing {name}" for name in wanted if name not in given]
+    problems += [f"left over {name}" for name in given if name not in wanted]
+    problems += [
+        f"{name} is {tuple(given[name].shape)}, not {tuple(value.shape)}"
+        for name, value in wanted.items()
+        if name in given and given[name].shape != value.shape
+    ]
+    return problems

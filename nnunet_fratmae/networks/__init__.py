@@ -1,0 +1,1 @@
+"""Networks as plain torch modules; axes (B, C, H, W, D) = batch, channel, AP, LR, SI."""

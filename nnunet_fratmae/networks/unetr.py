@@ -1,0 +1,146 @@
+"""Dual-encoder UNETR for segmentation (paper section 2.4, stage 2).
+
+Both encoders see the patch, their four intermediate outputs (layers 3, 6, 9, 12 of ViT-B) are concatenated layer by
+layer, and a convolutional decoder with skip connections at four levels (UNETR, paper reference 7) makes the logits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from dynamic_network_architectures.building_blocks.residual import BasicBlockD
+from torch import Tensor, nn
+
+from nnunet_fratmae.networks.vit import ViTEncoder
+
+LEVELS = 4  # UNETR taps the encoder four times; the decoder has as many upsampling steps
+
+
+def upsampling_steps(token_patch: Sequence[int]) -> list[tuple[int, ...]]:
+    """Strides along (H, W, D) of the decoder's four steps from the token grid to the voxels, deepest first.
+
+    Their product is the token patch. An axis that needs fewer than four factors of two gets them in the last steps,
+    so that a flat token patch such as 8x16x16 becomes isotropic in the first.
+
+    Raises:
+        ValueError: a side of the token patch is not 1, 2, 4, 8 or 16.
+    """
+    if any(t not in (1, 2, 4, 8, 16) for t in token_patch):
+        raise ValueError(f"token patch {tuple(token_patch)}: each side must be 1, 2, 4, 8 or 16")
+    return [tuple(2 if t >= 2 ** (LEVELS - step) else 1 for t in token_patch) for step in range(LEVELS)]
+
+
+def conv_block(channels_in: int, channels_out: int) -> nn.Module:
+    """UNETR's residual block: two 3x3x3 convolutions with instance norm and leaky ReLU, same size."""
+    return BasicBlockD(
+        nn.Conv3d, channels_in, channels_out, 3, 1, norm_op=nn.InstanceNorm3d, norm_op_kwargs={"affine": True},
+        nonlin=nn.LeakyReLU, nonlin_kwargs={"inplace": True},
+    )  # fmt: skip
+
+
+def upsample(channels_in: int, channels_out: int, stride: tuple[int, ...]) -> nn.Module:
+    """Transposed convolution by `stride` without overlap, so that it makes no checkerboard."""
+    return nn.ConvTranspose3d(channels_in, channels_out, kernel_size=stride, stride=stride)
+
+
+class UNETRDecoder(nn.Module):
+    """From the image (B, C, H, W, D) and four token maps (B, channels, h, w, d) to logits (B, classes, H, W, D)."""
+
+    def __init__(
+        self, image_channels: int, map_channels: int, token_patch: Sequence[int], features: int, num_classes: int
+    ) -> None:
+        super().__init__()
+        steps = upsampling_steps(token_patch)
+        widths = [features * 2**level for level in reversed(range(LEVELS))]  # 8f, 4f, 2f, f from deep to shallow
+        self.image_skip = conv_block(image_channels, features)
+        # The map of an early layer meets the decoder at a shallow level, so it takes more steps up (UNETR figure 1).
+        self.skips = nn.ModuleList(
+            self._climb(map_channels, widths[level], steps[: level + 1]) for level in range(LEVELS - 1)
+        )
+        self.ups = nn.ModuleList(
+            upsample(channels, width, step)
+            for channels, width, step in zip([map_channels, *widths], widths, steps, strict=False)
+        )
+        self.merges = nn.ModuleList(conv_block(2 * width, width) for width in widths)
+        self.head = nn.Conv3d(features, num_classes, kernel_size=1)
+
+    @staticmethod
+    def _climb(channels: int, width: int, steps: Sequence[tuple[int, ...]]) -> nn.Module:
+        """Steps of upsampling to `width` channels, each but the first followed by a convolution block."""
+        layers: list[nn.Module] = [upsample(channels, width, steps[0])]
+        for step in steps[1:]:
+            layers += [upsample(width, width, step), conv_block(width, width)]
+        return nn.Sequential(*layers)
+
+    def forward(self, image: Tensor, maps: Sequence[Tensor]) -> Tensor:
+        """`maps` from the earliest layer to the last."""
+        *early, x = maps
+        skips = [climb(m) for climb, m in zip(self.skips, reversed(early), strict=True)]
+        for up, merge, skip in zip(self.ups, self.merges, [*skips, self.image_skip(image)], strict=True):
+            x = merge(torch.cat([up(x), skip], dim=1))
+        return self.head(x)
+
+
+class FratMAEUNETR(nn.Module):
+    """The segmentation network that plans.json names; stock `get_network_from_plans` builds it from plain JSON.
+
+    Input (B, C, *patch in the plans' axes) in the plans' normalisation, output logits (B, num_classes, same patch).
+
+    Args:
+        input_channels: channels of the plans.
+        num_classes: segmentation heads.
+        patch_size: (H, W, D) voxels.
+        token_patch: (H, W, D) voxels of a token.
+        embed_dim, depth, num_heads: of each encoder.
+        features: channels of the decoder at full resolution.
+        modalities: index of the channel that is CT and of the one that is PET.
+        axes: the plans' axis that is H, the one that is W, the one that is D.
+        scale, shift: pretraining units = scale * plans' value + shift, for CT and for PET (DESIGN contract 3).
+        deep_supervision: nnU-Net passes it; UNETR has one output, so it must be off.
+    """
+
+    def __init__(
+        self,
+        input_channels: int,
+        num_classes: int,
+        patch_size: Sequence[int],
+        token_patch: Sequence[int],
+        embed_dim: int,
+        depth: int,
+        num_heads: int,
+        features: int,
+        modalities: Sequence[int] = (0, 1),
+        axes: Sequence[int] = (0, 1, 2),
+        scale: Sequence[float] = (1.0, 1.0),
+        shift: Sequence[float] = (0.0, 0.0),
+        deep_supervision: bool = False,
+    ) -> None:
+        super().__init__()
+        if sorted(axes) != [0, 1, 2]:
+            raise ValueError(f"axes {list(axes)} is no permutation of 0, 1, 2")
+        if len(set(modalities)) != 2 or not all(0 <= m < input_channels for m in modalities):
+            raise ValueError(f"modalities {list(modalities)} do not name two of {input_channels} input channels")
+        if depth % LEVELS:
+            raise ValueError(f"depth {depth} is no multiple of {LEVELS}")
+        if deep_supervision:
+            raise ValueError("UNETR has no deep supervision; train it with FratMAETrainer")
+        self.modalities, self.axes = list(modalities), list(axes)
+        self.tap_layers = [depth * (level + 1) // LEVELS for level in range(LEVELS)]
+        self.register_buffer("scale", torch.tensor(scale).view(1, 2, 1, 1, 1), persistent=False)
+        self.register_buffer("shift", torch.tensor(shift).view(1, 2, 1, 1, 1), persistent=False)
+        self.encoders = nn.ModuleDict(
+            {name: ViTEncoder(patch_size, token_patch, embed_dim, depth, num_heads) for name in ("CT", "PET")}
+        )
+        # Stock `nnUNetv2_train -pretrained_weights` skips keys with ".seg_layers." and wants all others in the file.
+        # All that is not pretrained lives under that name, so an export with the encoders alone is enough for it.
+        decoder = UNETRDecoder(2, 2 * embed_dim, token_patch, features, num_classes)
+        self.decoder = nn.ModuleDict({"seg_layers": decoder})
+
+    def forward(self, x: Tensor) -> Tensor:
+        image = x[:, self.modalities].permute(0, 1, *(axis + 2 for axis in self.axes)) * self.scale + self.shift
+        ct_maps = self.encoders["CT"].feature_maps(image[:, :1], self.tap_layers)
+        pet_maps = self.encoders["PET"].feature_maps(image[:, 1:], self.tap_layers)
+        maps = [torch.cat(pair, dim=1) for pair in zip(ct_maps, pet_maps, strict=True)]
+        logits = self.decoder["seg_layers"](image, maps)
+        return logits.permute(0, 1, *(self.axes.index(axis) + 2 for axis in range(3)))

@@ -1,0 +1,93 @@
+"""The Vision Transformer encoder of one modality (paper section 2.4: standard ViT, one for CT and one for PET)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+
+import torch
+from timm.models.vision_transformer import Block
+from torch import Tensor, nn
+
+LAYER_NORM = partial(nn.LayerNorm, eps=1e-6)
+
+
+def token_grid(patch_size: Sequence[int], token_patch: Sequence[int]) -> tuple[int, int, int]:
+    """Number of tokens along (H, W, D).
+
+    Raises:
+        ValueError: an axis of the patch is no multiple of the token patch.
+    """
+    if any(p < 1 or p % t for p, t in zip(patch_size, token_patch, strict=True)):
+        raise ValueError(f"patch size {tuple(patch_size)} is no multiple of the token patch {tuple(token_patch)}")
+    h, w, d = (p // t for p, t in zip(patch_size, token_patch, strict=True))
+    return h, w, d
+
+
+def sincos_positions(grid: Sequence[int], dim: int) -> Tensor:
+    """Fixed sine-cosine position embedding of a 3D token grid, (h*w*d, dim), tokens in row-major (H, W, D) order.
+
+    Each axis takes a third of the channels, half of them sines and half cosines, with frequencies 10000^(-i/n) as in
+    the 2D embedding of the MAE of He et al. (paper reference 8). Channels left over by the thirds stay zero.
+    """
+    n = dim // 6
+    frequencies = 10000.0 ** (-torch.arange(n, dtype=torch.float64) / n)
+    axes = torch.meshgrid(*(torch.arange(length, dtype=torch.float64) for length in grid), indexing="ij")
+    angles = [axis.reshape(-1, 1) * frequencies for axis in axes]
+    positions = torch.cat([function(angle) for angle in angles for function in (torch.sin, torch.cos)], dim=1)
+    return nn.functional.pad(positions, (0, dim - 6 * n)).float()
+
+
+def init_transformer(module: nn.Module) -> None:
+    """Initialise the linear layers of a transformer as the MAE of He et al. does (for use with `Module.apply`)."""
+    if isinstance(module, nn.Linear):
+        nn.init.xavier_uniform_(module.weight)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+class ViTEncoder(nn.Module):
+    """Tokens of one modality: (B, 1, H, W, D) -> (B, 1 + N, embed_dim), the CLS token first.
+
+    The position embedding is a buffer that is not saved, so the weights load into an encoder for any patch size.
+    """
+
+    def __init__(
+        self, patch_size: Sequence[int], token_patch: Sequence[int], embed_dim: int, depth: int, num_heads: int
+    ) -> None:
+        super().__init__()
+        self.grid = token_grid(patch_size, token_patch)
+        self.patch_embed = nn.Conv3d(1, embed_dim, kernel_size=tuple(token_patch), stride=tuple(token_patch))
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
+        self.register_buffer("positions", sincos_positions(self.grid, embed_dim), persistent=False)
+        self.blocks = nn.ModuleList(
+            Block(embed_dim, num_heads, mlp_ratio=4, qkv_bias=True, norm_layer=LAYER_NORM) for _ in range(depth)
+        )
+        self.norm = LAYER_NORM(embed_dim)
+        self.apply(init_transformer)
+        nn.init.xavier_uniform_(self.patch_embed.weight.view(embed_dim, -1))  # a linear layer in disguise
+        nn.init.normal_(self.cls_token, std=0.02)
+
+    def embed(self, volume: Tensor, keep: Tensor | None = None) -> Tensor:
+        """Linear tokens with position, (B, 1, H, W, D) -> (B, 1 + N, dim), or with only the tokens `keep` (B, n)."""
+        x = self.patch_embed(volume).flatten(2).transpose(1, 2) + self.positions
+        if keep is not None:  # masked tokens are dropped before the encoder, as in MAE
+            x = x.gather(1, keep.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
+        return torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1)
+
+    def forward(self, volume: Tensor, keep: Tensor | None = None) -> Tensor:
+        """Normalised output of the last block, (B, 1 + N, dim) or (B, 1 + n, dim) where `keep` (B, n) is given."""
+        x = self.embed(volume, keep)
+        for block in self.blocks:
+            x = block(x)
+        return self.norm(x)
+
+    def feature_maps(self, volume: Tensor, layers: Sequence[int]) -> list[Tensor]:
+        """Outputs of the blocks `layers` (counted from 1) as maps (B, dim, h, w, d); the last block's is normalised."""
+        x, maps = self.embed(volume), []
+        for number, block in enumerate(self.blocks, start=1):
+            x = block(x)
+            if number in layers:
+                tokens = self.norm(x) if number == len(self.blocks) else x
+                maps.append(tokens[:, 1:].transpose(1, 2).unflatten(2, self.grid))
+        return maps

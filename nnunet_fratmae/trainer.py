@@ -1,0 +1,173 @@
+"""FratMAETrainer: lesion segmentation with pretrained dual encoders, trained and used by stock nnU-Net commands.
+
+`nnUNetv2_train ID 3d_fullres 0 -tr FratMAETrainer [-p FratMAEPlans] [-device cpu]`
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from nnunetv2.configuration import ANISO_THRESHOLD
+from nnunetv2.training.data_augmentation.compute_initial_patch_size import get_patch_size
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+from torch import nn
+from torch.optim.lr_scheduler import LRScheduler
+
+from nnUNet_raw_conversion.command import UserError
+from nnunet_fratmae.artefact import check_artefact, load_encoders
+from plans.extension import extend_plans, follow_artefact, is_fratmae
+from plans.settings import Settings
+
+PRETRAINED_VARIABLE = "FRATMAE_PRETRAINED"
+ROTATION = math.radians(15)  # a patient on the table is never further off
+SCALING = (0.85, 1.25)  # nnU-Net's range for the patch that is read before augmentation
+
+
+class FratMAETrainer(nnUNetTrainer):
+    """Stage 2 of the paper, segmentation: dual ViT encoders + UNETR decoder, AdamW with cosine, Dice + CE.
+
+    On plain nnU-Net plans it extends them in memory (plans/extension.py). The pretrained encoders come from
+    `fratmae.pretrained` in the plans, else the environment variable FRATMAE_PRETRAINED, else there are none; preset and
+    token patch follow the artefact. A user's error ends the command in one line (SystemExit), before a folder is made.
+    """
+
+    def __init__(
+        self,
+        plans: dict[str, Any],
+        configuration: str,
+        fold: int,
+        dataset_json: dict[str, Any],
+        device: torch.device = torch.device("cuda"),  # noqa: B008 - nnU-Net compares signatures
+    ) -> None:
+        continue_training = plans.pop("continue_training", False)
+        self.notes, self.preparation_error = [], None
+        try:
+            plans, self.notes = prepare_plans(plans, configuration, dataset_json)
+        except UserError as error:
+            # To go on or to validate takes a checkpoint, no artefact; a new training stops in `initialize`
+            if not self._has_checkpoint(plans, configuration, fold):
+                raise SystemExit(f"{type(self).__name__}: error: {error}") from None
+            self.preparation_error = error
+        super().__init__({**plans, "continue_training": continue_training}, configuration, fold, dataset_json, device)
+        self._use_finetune_settings()
+
+    @classmethod
+    def _has_checkpoint(cls, plans: dict[str, Any], configuration: str, fold: int) -> bool:
+        model = f"{cls.__name__}__{plans['plans_name']}__{configuration}"
+        folder = Path(os.environ.get("nnUNet_results") or os.devnull) / plans["dataset_name"] / model / f"fold_{fold}"
+        return any(folder.glob("checkpoint_*.pth"))
+
+    def _use_finetune_settings(self) -> None:
+        self.settings = Settings.from_json(self.plans_manager.plans.get("fratmae", {}))
+        finetune = self.settings.finetune
+        self.initial_lr, self.weight_decay = finetune.learning_rate, finetune.weight_decay
+        self.num_epochs = finetune.epochs
+        self.num_iterations_per_epoch = finetune.iterations
+        self.num_val_iterations_per_epoch = finetune.val_iterations
+        self.enable_deep_supervision = False  # UNETR has one output
+
+    def initialize(self) -> None:
+        """As nnU-Net, then the pretrained encoders; the log says what was loaded and that nothing is missing."""
+        if self.preparation_error is not None:
+            raise SystemExit(f"{type(self).__name__}: error: {self.preparation_error}")
+        super().initialize()
+        for note in self.notes:
+            self.print_to_log_file(note, add_timestamp=False)
+        if self.settings.pretrained is not None:
+            try:
+                report = load_encoders(self.settings.pretrained, self.bare_network().encoders)
+            except UserError as error:
+                raise SystemExit(f"{type(self).__name__}: error: {error}") from None
+            self.print_to_log_file("\n".join(report), add_timestamp=False)
+
+    def bare_network(self) -> nn.Module:
+        """The network without the wrappers of DDP and torch.compile."""
+        network = getattr(self.network, "module", self.network)
+        return getattr(network, "_orig_mod", network)
+
+    def load_checkpoint(self, filename_or_checkpoint: str) -> None:
+        """As nnU-Net, but the network is that of the checkpoint, whatever FRATMAE_PRETRAINED says today."""
+        if not self.was_initialized:
+            checkpoint = torch.load(filename_or_checkpoint, map_location="cpu", weights_only=False, mmap=True)
+            self.plans_manager = PlansManager(checkpoint["init_args"]["plans"])
+            self.configuration_manager = self.plans_manager.get_configuration(self.configuration_name)
+            self._use_finetune_settings()
+            super().initialize()  # all weights come from the checkpoint, so none are pretrained
+        super().load_checkpoint(filename_or_checkpoint)
+
+    def configure_optimizers(self) -> tuple[torch.optim.Optimizer, LRScheduler]:
+        optimizer = torch.optim.AdamW(self.network.parameters(), self.initial_lr, weight_decay=self.weight_decay)
+        return optimizer, CosineSchedule(optimizer, self.num_epochs)
+
+    def configure_rotation_dummyDA_mirroring_and_inital_patch_size(self) -> tuple:
+        """nnU-Net's choice, but small rotations and left-right mirroring only: a body has a front and a head."""
+        patch_size = self.configuration_manager.patch_size
+        height, left_right, _ = self.configuration_manager.network_arch_init_kwargs["axes"]
+        # A thin coronal slab (H first, as FratMAEPlans have it) is rotated in its plane only
+        in_plane = height == 0 and max(patch_size) / patch_size[0] > ANISO_THRESHOLD
+        rotation = (-ROTATION, ROTATION)
+        initial_patch_size = get_patch_size(patch_size, rotation, rotation, rotation, SCALING)
+        if in_plane:
+            initial_patch_size[0] = patch_size[0]
+        self.inference_allowed_mirroring_axes = (left_right,)
+        return rotation, in_plane, initial_patch_size, (left_right,)
+
+    def set_deep_supervision_enabled(self, enabled: bool) -> None:
+        """Nothing to set: UNETR has one output."""
+
+    def plot_network_architecture(self) -> None:
+        """Left out: nnU-Net's plot needs a package that no longer works."""
+
+
+class CosineSchedule(LRScheduler):
+    """Learning rate from its initial value to zero along a half cosine over `epochs` (paper section 2.4).
+
+    nnU-Net calls `step(epoch)` at the start of every epoch.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, epochs: int) -> None:
+        self.epochs = epochs
+        super().__init__(optimizer)
+
+    def step(self, epoch: int = 0) -> None:
+        factor = (1 + math.cos(math.pi * epoch / self.epochs)) / 2
+        for group, initial in zip(self.optimizer.param_groups, self.base_lrs, strict=True):
+            group["lr"] = initial * factor
+        self._last_lr = [group["lr"] for group in self.optimizer.param_groups]
+
+
+def prepare_plans(
+    plans: dict[str, Any], configuration: str, dataset_json: dict[str, Any]
+) -> tuple[dict[str, Any], list[str]]:
+    """Plans as FratMAETrainer trains them, and notes for the log. Plans that need no change come back as they are.
+
+    Raises:
+        UserError: a configuration or channels that FratMAE cannot train, or an artefact that cannot be used.
+    """
+    planned = plans["configurations"].get(configuration, {})
+    settings = Settings.from_json(plans.get("fratmae", {}))
+    pretrained, source = settings.pretrained, 'plans.json, "fratmae.pretrained"'
+    if pretrained is None:
+        pretrained, source = os.environ.get(PRETRAINED_VARIABLE) or None, f"environment variable {PRETRAINED_VARIABLE}"
+    notes = []
+    if pretrained is None:
+        notes.append("########## FratMAE: NO pretrained encoders, training FROM SCRATCH "
+                     f"(set {PRETRAINED_VARIABLE} or fratmae.pretrained in the plans) ##########")  # fmt: skip
+        wanted = settings
+    else:
+        wanted = follow_artefact(settings, check_artefact(pretrained))
+        notes.append(f"pretrained encoders are named by {source}")
+        if wanted is not settings and plans.get("fratmae"):
+            notes.append(f"preset {wanted.preset} and token patch {list(wanted.token_patch)} follow the artefact; the "
+                         f"plans said {settings.preset} and {list(settings.token_patch or [])}")  # fmt: skip
+    if not (is_fratmae(planned) and wanted is settings):
+        plans, warnings = extend_plans(plans, dataset_json, wanted, configuration)
+        notes += [f"WARNING: {warning}" for warning in warnings]
+    if pretrained is not None:
+        plans = {**plans, "fratmae": {**plans["fratmae"], "pretrained": str(pretrained)}}
+    return plans, notes

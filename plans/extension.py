@@ -1,0 +1,190 @@
+"""One pure function turns any nnU-Net plans into FratMAE plans (DESIGN contract 6).
+
+Coronal patch, token patch and batch size are chosen for the data, the architecture is written as plain JSON that stock
+nnU-Net builds, and the settings are kept in the top-level block "fratmae".
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from copy import deepcopy
+from dataclasses import replace
+from typing import Any
+
+from nnUNet_raw_conversion.command import UserError
+from plans.contract import Contract
+from plans.settings import Settings
+from plans.units import MODALITIES, affine_to_units
+
+NETWORK = "nnunet_fratmae.networks.unetr.FratMAEUNETR"
+HWD_FROM_ZYX = (1, 2, 0)  # H, W, D as axes of nnU-Net's array order (z, y, x) = (SI, AP, LR)
+
+PAPER_GRID, PAPER_PATCH, PAPER_K = (160, 160, 192), (32, 160, 192), 2
+PAPER_TOKEN = (8, 16, 16)  # 480 tokens for the paper's patch (DESIGN, "The method")
+MIN_TOKENS = 128  # below this a patch says too little; small studies get smaller tokens
+MAX_BATCH = 16  # the paper's, on 4 x 40 GB
+REFERENCE_BATCH = 2  # patches of the paper's size that a training step holds by default, as nnU-Net's own minimum
+
+
+def extend_plans(
+    plans: dict[str, Any], dataset_json: dict[str, Any], settings: Settings, configuration: str = "3d_fullres"
+) -> tuple[dict[str, Any], list[str]]:
+    """FratMAE plans from nnU-Net plans; the argument is not changed.
+
+    A configuration that already is FratMAE's keeps its patch and batch size (rounded up to whole tokens) and gets the
+    architecture of `settings` anew.
+
+    Returns:
+        The plans and warnings for the user, one line each.
+
+    Raises:
+        UserError: a configuration that is no full-resolution 3D one, or channels that are not one CT and one PET.
+    """
+    plans = deepcopy(plans)
+    config = _resolve(plans["configurations"], configuration)
+    if len(config["patch_size"]) != 3 or config.get("previous_stage"):
+        raise UserError(f"configuration {configuration}: FratMAE trains 3D configurations without a cascade; "
+                        "use 3d_fullres")  # fmt: skip
+    axes = hwd_axes(plans["transpose_forward"])
+    median = tuple(int(round(config["median_image_size_in_voxels"][axis])) for axis in axes)
+    if is_fratmae(config):
+        present = tuple(config["patch_size"][axis] for axis in axes)
+        finetune = replace(settings.finetune, patch=None, batch_size=config["batch_size"])
+        settings = choose_sizes(replace(settings, finetune=finetune), median)
+        settings = replace(settings, finetune=replace(settings.finetune, patch=cover(present, settings.token_patch)))
+    else:
+        settings = choose_sizes(settings, median)
+    channels, scale, shift, warnings = _channels(plans, dataset_json, config)
+    patch = settings.finetune.patch
+    config["patch_size"] = [patch[axes.index(axis)] for axis in range(3)]
+    config["batch_size"] = settings.finetune.batch_size
+    config["architecture"] = {
+        "network_class_name": NETWORK,
+        "arch_kwargs": {
+            "patch_size": list(patch),
+            "token_patch": list(settings.token_patch),
+            "embed_dim": settings.sizes.embed_dim,
+            "depth": settings.sizes.depth,
+            "num_heads": settings.sizes.num_heads,
+            "features": settings.sizes.unetr_features,
+            "modalities": channels,
+            "axes": axes,
+            "scale": scale,
+            "shift": shift,
+        },
+        "_kw_requires_import": [],
+    }
+    plans["configurations"][configuration] = config
+    plans["fratmae"] = settings.to_json()
+    return plans, warnings
+
+
+def follow_artefact(settings: Settings, contract: Contract) -> Settings:
+    """Settings whose preset and token patch are the artefact's; sizes that no longer fit are chosen anew."""
+    if (settings.preset, settings.token_patch) == (contract.preset, contract.token_patch):
+        return settings
+    finetune, wholebody = replace(settings.finetune, patch=None), replace(settings.wholebody, patch=None)
+    return replace(
+        settings, preset=contract.preset, token_patch=contract.token_patch, finetune=finetune, wholebody=wholebody
+    )
+
+
+def is_fratmae(config: dict[str, Any]) -> bool:
+    """Whether a configuration of plans.json has FratMAE's network already."""
+    return config.get("architecture", {}).get("network_class_name") == NETWORK
+
+
+def hwd_axes(transpose_forward: Sequence[int]) -> list[int]:
+    """The plans' axis that is H, the one that is W and the one that is D (plans axis i is array axis tf[i])."""
+    return [list(transpose_forward).index(axis) for axis in HWD_FROM_ZYX]
+
+
+def cover(shape: Sequence[int], token_patch: Sequence[int], limit: Sequence[int] | None = None) -> tuple[int, int, int]:
+    """The smallest multiple of the token patch that covers `shape` (H, W, D), at most `limit`."""
+    h, w, d = (math.ceil(s / t) * t for s, t in zip(shape, token_patch, strict=True))
+    return (h, w, d) if limit is None else (min(h, limit[0]), min(w, limit[1]), min(d, limit[2]))
+
+
+def choose_sizes(settings: Settings, median: Sequence[int]) -> Settings:
+    """Settings with every size that was left open chosen for studies of `median` (H, W, D) voxels.
+
+    The paper's sizes where the data allow, smaller ones for smaller studies.
+    """
+    token = settings.token_patch or _choose_token(median)
+    patch = settings.finetune.patch or cover(median, token, cover(PAPER_PATCH, token))
+    batch = settings.finetune.batch_size
+    if batch is None:
+        fitting = round(REFERENCE_BATCH * math.prod(PAPER_PATCH) / math.prod(patch))
+        batch = min(max(fitting, REFERENCE_BATCH), MAX_BATCH)
+    whole = settings.wholebody
+    grid = whole.grid or cover(median, token, cover(PAPER_GRID, token))
+    k = whole.k or (PAPER_K if grid[0] >= PAPER_K * PAPER_PATCH[0] else 1)
+    # A coronal slab of whole tokens, over the whole width and length of the body
+    room = zip((grid[0] // k, *grid[1:]), PAPER_PATCH, token, strict=True)
+    slab = whole.patch or tuple(max(t, min(available, limit) // t * t) for available, limit, t in room)
+    return replace(
+        settings,
+        token_patch=token,
+        wholebody=replace(whole, grid=grid, patch=slab, k=k),
+        finetune=replace(settings.finetune, patch=patch, batch_size=batch),
+    )
+
+
+def _choose_token(median: Sequence[int]) -> tuple[int, int, int]:
+    token = PAPER_TOKEN
+    while min(token) > 2:
+        patch = cover(median, token, PAPER_PATCH)
+        if math.prod(p // t for p, t in zip(patch, token, strict=True)) >= MIN_TOKENS:
+            break
+        token = tuple(t // 2 for t in token)
+    return token
+
+
+def _resolve(configurations: dict[str, Any], name: str) -> dict[str, Any]:
+    """A configuration with nnU-Net's inheritance resolved."""
+    if name not in configurations:
+        raise UserError(f"configuration {name} is not in the plans; there are {', '.join(configurations)}")
+    config = deepcopy(configurations[name])
+    parent = config.pop("inherits_from", None)
+    return {**_resolve(configurations, parent), **config} if parent else config
+
+
+def find_modalities(dataset_json: dict[str, Any]) -> list[int]:
+    """The index of the CT channel and of the PET channel.
+
+    From the block "fratmae" of dataset.json, else from names such as PET, PT and SUV. Two channels both named "CT" are
+    the nnU-Net community's way to keep SUV absolute; there CT comes first.
+
+    Raises:
+        UserError: the channels are not one CT and one PET.
+    """
+    names = [str(name) for _, name in sorted(dataset_json["channel_names"].items(), key=lambda item: int(item[0]))]
+    named = dataset_json.get("fratmae", {}).get("modalities") or [_modality(name) for name in names]
+    if named == ["CT", "CT"]:
+        named = ["CT", "PET"]
+    if len(named) != len(names) or sorted(named) != sorted(MODALITIES):
+        raise UserError(f'dataset.json: channels {names} are not one CT and one PET; say which is which in '
+                        f'"fratmae": {{"modalities": ["CT", "PET"]}}')  # fmt: skip
+    return [named.index(modality) for modality in MODALITIES]
+
+
+def _modality(name: str) -> str:
+    return "PET" if any(word in name.upper() for word in ("PET", "PT", "SUV")) else name.upper()
+
+
+def _channels(
+    plans: dict[str, Any], dataset_json: dict[str, Any], config: dict[str, Any]
+) -> tuple[list[int], list[float], list[float], list[str]]:
+    """Indices of CT and PET, the affine of each to pretraining units, and warnings."""
+    channels, scale, shift, warnings = find_modalities(dataset_json), [], [], []
+    for modality, channel in zip(MODALITIES, channels, strict=True):
+        scheme = config["normalization_schemes"][channel]
+        properties = plans["foreground_intensity_properties_per_channel"][str(channel)]
+        affine = affine_to_units(modality, scheme, properties)
+        if affine is None:
+            warnings.append(f"channel {channel} ({modality}) has {scheme}: absolute values are lost, so pretrained "
+                            "encoders see other units; name the channel CT in dataset.json and plan again")  # fmt: skip
+        scale.append(affine[0] if affine else 1.0)
+        shift.append(affine[1] if affine else 0.0)
+    return channels, scale, shift, warnings

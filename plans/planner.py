@@ -1,0 +1,117 @@
+"""FratMAEPlanner: nnU-Net's planner with coronal axes, fixed units and the whole-body grid."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from batchgenerators.utilities.file_and_folder_operations import load_json, save_json
+from nnunetv2.experiment_planning.experiment_planners.default_experiment_planner import ExperimentPlanner
+from nnunetv2.imageio.reader_writer_registry import determine_reader_writer_from_dataset_json
+
+from nnUNet_raw_conversion.command import UserError, nnunet_folder
+from plans.extension import HWD_FROM_ZYX, extend_plans, find_modalities
+from plans.settings import Settings
+from plans.units import MODALITIES, intensity_properties
+
+PLANS_NAME = "FratMAEPlans"
+
+
+class FratMAEPlanner(ExperimentPlanner):
+    """Plans a labelled dataset whose fingerprint is there; `plan_experiment` writes FratMAEPlans.json."""
+
+    def __init__(self, dataset_name: str, settings: Settings) -> None:
+        super().__init__(dataset_name, plans_name=PLANS_NAME)
+        self.settings = settings
+        self.lowres_creation_threshold = 0  # a coronal patch spans the body; there is no 3d_lowres
+
+    def determine_transpose(self) -> tuple[list[int], list[int]]:
+        return list(HWD_FROM_ZYX), [HWD_FROM_ZYX.index(axis) for axis in range(3)]
+
+    def determine_normalization_scheme_and_whether_mask_is_used_for_norm(self) -> tuple[list[str], list[bool]]:
+        return ["CTNormalization"] * len(MODALITIES), [False] * len(MODALITIES)
+
+    def plan_experiment(self) -> dict[str, Any]:
+        """nnU-Net's planning without its printing; the plans are in plans.json and in `self.plans`."""
+        with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+            super().plan_experiment()
+        return self.plans
+
+    def save_plans(self, plans: dict[str, Any]) -> None:
+        if "3d_fullres" not in plans["configurations"]:
+            raise UserError(f"{self.raw_dataset_folder}: the images are 2D; FratMAE needs whole-body volumes")
+        plans["configurations"] = {"3d_fullres": plans["configurations"]["3d_fullres"]}
+        self.plans = finish_plans(plans, self.dataset_json, self.settings)
+        super().save_plans(self.plans)
+
+
+def finish_plans(plans: dict[str, Any], dataset_json: dict[str, Any], settings: Settings) -> dict[str, Any]:
+    """Plans in the pretraining units, extended, with the configuration `wholebody`."""
+    channels = find_modalities(dataset_json)
+    plans["foreground_intensity_properties_per_channel"] = {
+        str(channel): intensity_properties(modality) for modality, channel in zip(MODALITIES, channels, strict=True)
+    }
+    plans, _ = extend_plans(plans, dataset_json, settings)
+    plans["configurations"]["wholebody"] = {
+        "inherits_from": "3d_fullres",
+        "data_identifier": f"{plans['plans_name']}_wholebody",
+        "patch_size": plans["fratmae"]["wholebody"]["patch"],
+    }
+    return plans
+
+
+def plan_unlabelled(
+    dataset_name: str, studies: dict[str, Any], dataset_json: dict[str, Any], settings: Settings
+) -> dict[str, Any]:
+    """Plans of a dataset without a single label, for pretraining only; nnU-Net's own planner cannot make them.
+
+    Only what the whole-body store needs is there; the sizes are chosen from the shapes of the studies.
+    """
+    reader = determine_reader_writer_from_dataset_json(dataset_json, next(iter(studies.values()))[0][0])
+    shapes, spacings = [], []
+    for images, _ in studies.values():
+        data, properties = reader().read_images(images[:1])
+        shapes.append([data.shape[1:][axis] for axis in HWD_FROM_ZYX])
+        spacings.append([properties["spacing"][axis] for axis in HWD_FROM_ZYX])
+    config = {
+        "data_identifier": f"{PLANS_NAME}_3d_fullres",
+        "preprocessor_name": "DefaultPreprocessor",
+        "batch_size": 2,
+        "patch_size": [int(n) for n in np.median(shapes, 0)],
+        "median_image_size_in_voxels": [float(n) for n in np.median(shapes, 0)],
+        "spacing": [float(n) for n in np.median(spacings, 0)],
+        "normalization_schemes": ["CTNormalization"] * len(MODALITIES),
+        "use_mask_for_norm": [False] * len(MODALITIES),
+    }
+    plans = {
+        "dataset_name": dataset_name,
+        "plans_name": PLANS_NAME,
+        "image_reader_writer": reader.__name__,
+        "transpose_forward": list(HWD_FROM_ZYX),
+        "transpose_backward": [HWD_FROM_ZYX.index(axis) for axis in range(3)],
+        "configurations": {"3d_fullres": config},
+        "experiment_planner_used": "FratMAEPlanner",
+        "label_manager": "LabelManager",
+    }
+    plans = finish_plans(plans, dataset_json, settings)
+    folder = nnunet_folder("nnUNet_preprocessed") / dataset_name
+    folder.mkdir(parents=True, exist_ok=True)
+    save_json(dataset_json, str(folder / "dataset.json"), sort_keys=False)
+    save_json(plans, str(folder / f"{PLANS_NAME}.json"), sort_keys=False)
+    return plans
+
+
+def load_plans(preprocessed: Path) -> dict[str, Any]:
+    """FratMAEPlans.json of a preprocessed dataset.
+
+    Raises:
+        UserError: it is not there.
+    """
+    path = preprocessed / f"{PLANS_NAME}.json"
+    if not path.is_file():
+        dataset_id = int(preprocessed.name[7:10])
+        raise UserError(f"{path} is not there; run fratmae_plan_and_preprocess -d {dataset_id} first")
+    return load_json(str(path))

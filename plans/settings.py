@@ -1,0 +1,220 @@
+"""All of FratMAE's settings: dataclasses validated when built, stored in plans.json as the block "fratmae"."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from typing import Any
+
+from nnUNet_raw_conversion.command import UserError
+
+TOKEN_SIDES = (1, 2, 4, 8, 16)
+
+
+@dataclass(frozen=True)
+class Preset:
+    """Sizes of a network; `unetr_features` are the segmentation decoder's channels at full resolution."""
+
+    embed_dim: int
+    depth: int
+    num_heads: int
+    decoder_dim: int
+    decoder_depth: int
+    decoder_heads: int
+    unetr_features: int
+
+
+PRESETS = {
+    "vit_b": Preset(768, 12, 12, decoder_dim=512, decoder_depth=8, decoder_heads=16, unetr_features=32),
+    "vit_s": Preset(384, 12, 6, decoder_dim=256, decoder_depth=4, decoder_heads=8, unetr_features=16),
+    "vit_tiny": Preset(192, 12, 3, decoder_dim=128, decoder_depth=2, decoder_heads=4, unetr_features=16),
+}
+
+
+def require(condition: bool, message: str) -> None:
+    if not condition:
+        raise UserError(message)
+
+
+@dataclass(frozen=True)
+class WholeBody:
+    """The whole-body grid that pretraining reads (paper section 2.2)."""
+
+    grid: tuple[int, int, int] | None = None
+    """Voxels (H, W, D) to which a whole study is resized; null: chosen for the data, at most 160 160 192."""
+    patch: tuple[int, int, int] | None = None
+    """Voxels (H, W, D) of a training patch, coronal slices along H; null: chosen, at most 32 160 192."""
+    k: int | None = None
+    """A patch takes every k-th of k * patch[0] neighbouring coronal slices; null: chosen, 2 as in the paper."""
+
+    def __post_init__(self) -> None:
+        if None not in (self.grid, self.patch, self.k):
+            h, w, d = self.patch
+            fits = self.k >= 1 and h * self.k <= self.grid[0] and w <= self.grid[1] and d <= self.grid[2]
+            require(fits, f"wholebody.patch {self.patch} with k={self.k} does not fit in wholebody.grid {self.grid}")
+
+
+@dataclass(frozen=True)
+class Pretrain:
+    """Stage 1 (paper sections 2.1 and 2.4)."""
+
+    epochs: int = 30
+    """Passes over the training cases."""
+    patches_per_case: int = 1
+    """Patches that an epoch draws from each case; raise it where cases are few."""
+    batch_size: int = 24
+    """Patches of an optimiser step."""
+    learning_rate: float = 1e-4
+    """Highest learning rate of AdamW, followed by a cosine to zero."""
+    weight_decay: float = 0.05
+    """Of AdamW; biases, norms and the CLS token have none."""
+    warmup_epochs: float = 1.0
+    """Linear rise of the learning rate; an epoch is a patch of every case."""
+    mask_ratio: float = 0.5
+    """Share of the masked modality's tokens that is masked."""
+    decoder_block: str = "cross_self"
+    """cross_self: self-attention, cross-attention, MLP; cross: without the self-attention."""
+    held_out: float = 0.1
+    """Share of the cases kept aside, with fixed masks, for the curve and the picture."""
+    workers: int = 2
+    """Processes that load patches."""
+    seed: int = 0
+    """Of the weights, the patches, the masks and the held-out cases."""
+
+    def __post_init__(self) -> None:
+        require(self.epochs >= 1, "pretrain.epochs must be at least 1")
+        require(self.patches_per_case >= 1, "pretrain.patches_per_case must be at least 1")
+        require(self.batch_size >= 1, "pretrain.batch_size must be at least 1")
+        require(self.learning_rate > 0, "pretrain.learning_rate must be above 0")
+        require(0 < self.mask_ratio < 1, "pretrain.mask_ratio must lie between 0 and 1")
+        require(self.decoder_block in ("cross_self", "cross"), "pretrain.decoder_block must be cross_self or cross")
+        require(0 <= self.held_out < 1, "pretrain.held_out must be at least 0 and below 1")
+        require(self.warmup_epochs >= 0, "pretrain.warmup_epochs must not be negative")
+        require(self.workers >= 0, "pretrain.workers must not be negative")
+
+
+@dataclass(frozen=True)
+class Finetune:
+    """Stage 2, lesion segmentation (paper section 2.4)."""
+
+    patch: tuple[int, int, int] | None = None
+    """Voxels (H, W, D) of a training patch at native spacing; null: chosen for the data, at most 32 160 192."""
+    batch_size: int | None = None
+    """Patches of a step; null: chosen for the size of the patch."""
+    epochs: int = 200
+    """As nnU-Net counts them, `iterations` steps each."""
+    iterations: int = 250
+    """Training steps an epoch."""
+    val_iterations: int = 50
+    """Validation steps an epoch."""
+    learning_rate: float = 1e-4
+    """Of AdamW, cosine to zero."""
+    weight_decay: float = 0.01
+    """Of AdamW."""
+
+    def __post_init__(self) -> None:
+        require(self.batch_size is None or self.batch_size >= 1, "finetune.batch_size must be at least 1")
+        for name in ("epochs", "iterations", "val_iterations"):
+            require(getattr(self, name) >= 1, f"finetune.{name} must be at least 1")
+        require(self.learning_rate > 0, "finetune.learning_rate must be above 0")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The block "fratmae" of plans.json."""
+
+    preset: str = "vit_b"
+    """Size of the networks; vit_b is the paper's."""
+    token_patch: tuple[int, int, int] | None = None
+    """Voxels (H, W, D) of a token; null: chosen for the data, 8 16 16 for whole bodies."""
+    pretrained: str | None = None
+    """Folder or encoders.safetensors of a pretraining; null: FRATMAE_PRETRAINED, else from scratch."""
+    wholebody: WholeBody = field(default_factory=WholeBody)
+    pretrain: Pretrain = field(default_factory=Pretrain)
+    finetune: Finetune = field(default_factory=Finetune)
+
+    def __post_init__(self) -> None:
+        require(self.preset in PRESETS, f"-preset {self.preset}: unknown; there are {', '.join(PRESETS)}")
+        if self.token_patch is not None:
+            sides = ", ".join(map(str, TOKEN_SIDES))
+            require(all(t in TOKEN_SIDES for t in self.token_patch), f"token_patch: each side must be one of {sides}")
+            for name, patch in (("wholebody.patch", self.wholebody.patch), ("finetune.patch", self.finetune.patch)):
+                fits = patch is None or all(p >= t and p % t == 0 for p, t in zip(patch, self.token_patch, strict=True))
+                require(fits, f"{name} {patch} is no multiple of token_patch {self.token_patch}")
+
+    @property
+    def sizes(self) -> Preset:
+        return PRESETS[self.preset]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON, as it stands in plans.json."""
+        return json.loads(json.dumps(asdict(self)))
+
+    @classmethod
+    def from_json(cls, block: dict[str, Any]) -> Settings:
+        """Settings from the block of plans.json; a key that is missing has its default.
+
+        Raises:
+            UserError: an unknown key, a value of the wrong type or out of range.
+        """
+        return _build(cls, block, "")
+
+
+def override(settings: Settings, assignments: list[str]) -> Settings:
+    """Settings with `dotted.key=value` assignments (the commands' --set) applied; values are read as JSON.
+
+    Raises:
+        UserError: an unknown key or a value that does not fit.
+    """
+    block = settings.to_json()
+    for assignment in assignments:
+        key, equals, text = assignment.partition("=")
+        require(bool(equals), f"--set {assignment}: write it as key=value")
+        *path, last = key.split(".")
+        target: Any = block
+        for name in path:
+            target = target.get(name) if isinstance(target, dict) else None
+        known = isinstance(target, dict) and last in target and not isinstance(target[last], dict)
+        require(known, f"--set {key}: unknown key; there are {', '.join(_leaves(settings.to_json()))}")
+        try:
+            target[last] = json.loads(text)
+        except json.JSONDecodeError:
+            target[last] = text
+    return Settings.from_json(block)
+
+
+def _leaves(block: dict[str, Any], prefix: str = "") -> list[str]:
+    leaves: list[str] = []
+    for name, value in block.items():
+        leaves += _leaves(value, f"{prefix}{name}.") if isinstance(value, dict) else [prefix + name]
+    return leaves
+
+
+def _build(cls: type, block: dict[str, Any], prefix: str) -> Any:
+    """A dataclass from JSON, with the types of its annotations enforced and unknown keys refused."""
+    known = {f.name: f for f in fields(cls)}
+    for name in block:
+        require(name in known, f'plans.json, "fratmae": unknown key {prefix}{name}; there are {", ".join(known)}')
+    values = {}
+    for name, value in block.items():
+        default = getattr(cls(), name)
+        if is_dataclass(default):
+            values[name] = _build(type(default), value, f"{name}.")
+        else:
+            values[name] = _typed(value, str(known[name].type), prefix + name)
+    return replace(cls(), **values)
+
+
+def _typed(value: Any, annotation: str, name: str) -> Any:
+    if value is None and "None" in annotation:
+        return None
+    if annotation.startswith("tuple"):
+        is_triple = isinstance(value, list) and len(value) == 3 and all(type(v) is int and v > 0 for v in value)
+        require(is_triple, f"{name}={value}: must be three whole numbers above 0, such as [32,160,192]")
+        return tuple(value)
+    kind = {"int": int, "float": float, "str": str}[annotation.split(" ")[0]]
+    if kind is float and type(value) is int:
+        return float(value)
+    words = {int: "a whole number", float: "a number", str: "text"}
+    require(type(value) is kind, f"{name}={json.dumps(value)}: must be {words[kind]}")
+    return value

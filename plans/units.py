@@ -1,0 +1,63 @@
+"""The fixed physical normalisation that every FratMAE network sees (DESIGN contract 3), and the way to it."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+MODALITIES = ("CT", "PET")
+
+
+@dataclass(frozen=True)
+class Units:
+    """Clip to [lower, upper] in `unit`, then (value - mean) / std."""
+
+    unit: str
+    lower: float
+    upper: float
+    mean: float
+    std: float
+
+
+# The one place of these constants; why these: docs/decisions.md, "Pretraining units".
+PRETRAINING_UNITS = {
+    "CT": Units("HU", lower=-1024.0, upper=1500.0, mean=-500.0, std=500.0),
+    "PET": Units("SUVbw", lower=0.0, upper=25.0, mean=1.0, std=2.0),
+}
+
+
+def units_contract() -> dict[str, dict[str, Any]]:
+    """The units as plain JSON, as they stand in an artefact's contract."""
+    return {modality: asdict(units) for modality, units in PRETRAINING_UNITS.items()}
+
+
+def intensity_properties(modality: str) -> dict[str, float]:
+    """The pretraining units in the words of nnU-Net's plans, so that stock CTNormalization computes exactly them."""
+    u = PRETRAINING_UNITS[modality]
+    return {
+        "mean": u.mean,
+        "std": u.std,
+        "percentile_00_5": u.lower,
+        "percentile_99_5": u.upper,
+        "min": u.lower,
+        "max": u.upper,
+        "median": u.mean,
+    }
+
+
+def affine_to_units(modality: str, scheme: str, properties: dict[str, float]) -> tuple[float, float] | None:
+    """(scale, shift) such that pretraining units = scale * value + shift, for a value that nnU-Net normalised.
+
+    Args:
+        scheme: nnU-Net's normalization scheme of the channel.
+        properties: the channel's entry of `foreground_intensity_properties_per_channel`.
+
+    Returns:
+        None where the scheme cannot be inverted (z-score of each image): the absolute HU or SUV is lost.
+    """
+    u = PRETRAINING_UNITS[modality]
+    if scheme == "CTNormalization":
+        return max(properties["std"], 1e-8) / u.std, (properties["mean"] - u.mean) / u.std
+    if scheme == "NoNormalization":
+        return 1 / u.std, -u.mean / u.std
+    return None

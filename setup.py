@@ -1,0 +1,68 @@
+"""Installation of nnunet-fratmae: four packages, the commands, and the file by which stock nnU-Net finds the trainers."""
+
+import os
+
+from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
+
+PACKAGES = ("nnunet_fratmae", "pretraining", "plans", "nnUNet_raw_conversion")
+STARTUP_FILE = "nnunet_fratmae.pth"
+# Read by Python's site module at every start; whatever happens here must not stop or slow the interpreter.
+STARTUP_LINE = "import importlib.util; importlib.util.find_spec('nnunet_fratmae') and __import__('nnunet_fratmae.discovery', fromlist=['register']).register()\n"  # noqa: E501
+
+
+class BuildWithStartupFile(build_py):
+    """Put the startup file at the root of the wheel, which pip unpacks into site-packages.
+
+    An editable wheel takes nothing from build_lib; its own files are gathered where `install` would put the library.
+    """
+
+    def run(self):
+        super().run()
+        root = self.get_finalized_command("install").install_lib if self.editable_mode else self.build_lib
+        os.makedirs(root, exist_ok=True)
+        with open(os.path.join(root, STARTUP_FILE), "w") as file:
+            file.write(STARTUP_LINE)
+
+    def get_outputs(self, *args, **kwargs):
+        own = [] if self.editable_mode else [os.path.join(self.build_lib, STARTUP_FILE)]
+        return super().get_outputs(*args, **kwargs) + own
+
+
+setup(
+    name="nnunet-fratmae",
+    version="0.1.0",
+    description="FratMAE for nnU-Net v2: PET/CT foundation model pretraining, lesion segmentation and staging",
+    long_description=open("README.md", encoding="utf-8").read() if os.path.exists("README.md") else "",
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    packages=find_packages(include=[f"{package}*" for package in PACKAGES]),
+    cmdclass={"build_py": BuildWithStartupFile},
+    install_requires=[
+        "nnunetv2>=2.8,<3",
+        "torch>=2.4",
+        "dynamic-network-architectures>=0.4.4",
+        "timm<1.0.23",
+        "batchgenerators",
+        "batchgeneratorsv2>=0.3.2",
+        "SimpleITK>=2.2.1",
+        "numpy",
+        "scipy",
+        "blosc2",
+        "lightning-fabric>=2.4",
+        "safetensors",
+        "open_clip_torch",
+        "tqdm",
+        "matplotlib",
+    ],
+    extras_require={"test": ["pytest", "hypothesis", "ruff", "setuptools", "wheel"], "bench": ["psutil"]},
+    entry_points={
+        "console_scripts": [
+            "fratmae_convert_pairs = nnUNet_raw_conversion.pairs:main",
+            "fratmae_phantom = nnUNet_raw_conversion.phantom.command:main",
+            "fratmae_plan_and_preprocess = plans.plan_and_preprocess:main",
+            "fratmae_pretrain = pretraining.pretrain:main",
+        ]
+    },
+)
