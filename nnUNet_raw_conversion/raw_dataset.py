@@ -37,7 +37,10 @@ class RawDataset:
 
     def __enter__(self) -> RawDataset:
         shutil.rmtree(self.staging, ignore_errors=True)
-        self.staging.mkdir(parents=True)
+        try:
+            self.staging.mkdir(parents=True)
+        except OSError as error:
+            raise UserError(f"nnUNet_raw={self.folder.parent} cannot be written to ({error.strerror})") from None
         return self
 
     def __exit__(self, error_type: type | None, *_: object) -> None:

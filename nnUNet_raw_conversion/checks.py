@@ -1,0 +1,145 @@
+"""Is this CT in HU and PET in SUVbw of one patient? What every converter asks before it writes a case."""
+
+from __future__ import annotations
+
+import numpy as np
+import SimpleITK as sitk
+from scipy import ndimage, stats
+
+from nnUNet_raw_conversion.command import UserError
+from nnUNet_raw_conversion.geometry import check_finite, overlap_fraction, resample_to, same_grid
+
+AIR_HU = -1024
+# Body means (CT > -300 HU) of the 36 soft-tissue-sarcoma patients, small boxes around a tumour: SUV 0.45 to 2.0;
+# of a whole body 0.78 (1 at most by definition, where nothing is excreted). In Bq/ml they are hundreds to thousands.
+BODY_MEAN_SUV = (0.01, 20)
+# See `outline_agreement`: all 36 patients reach 0.92 or more, with very noisy PET 0.90; a pair of different patients
+# put centre on centre is below 0.75 in 62% of 1260 pairs.
+LEAST_OUTLINE_AGREEMENT = 0.75
+
+
+def checked_case(
+    ct: sitk.Image, pet: sitk.Image, lesions: sitk.Image | None
+) -> tuple[sitk.Image, sitk.Image, sitk.Image | None, list[str]]:
+    """Check one case and bring it into the form that `raw_dataset.write_case` takes.
+
+    Args:
+        ct: in HU, on any grid. pet: in SUVbw. lesions: on the grid of `pet`, 0 and 1, or None.
+
+    Returns:
+        CT (float32, HU, at least -1024), PET (float32, SUVbw, not negative) and lesions (uint8), all on the grid of
+        `pet`, and what had to be changed, one sentence each.
+
+    Raises:
+        UserError: what is wrong and what to do.
+    """
+    notes: list[str] = []
+    ct, pet = _checked_ct(ct, notes), _checked_pet(pet, notes)
+    if lesions is not None:
+        lesions = _checked_lesions(lesions, pet)
+    if same_grid(ct, pet):
+        ct.CopyInformation(pet)  # rounding errors of the headers shall not reach nnU-Net
+    else:
+        # The share of the smaller of the two: a narrow CT of the whole body fills half of a wide PET of the trunk.
+        if max(overlap_fraction(ct, pet), overlap_fraction(pet, ct)) < 0.25:
+            raise UserError("CT and PET hardly overlap: different subjects or wrong pairing; pair the files anew")
+        ct = resample_to(ct, pet, AIR_HU)
+        notes.append("CT resampled to the PET's grid")
+    _check_pair(ct, pet)
+    return ct, pet, lesions, notes
+
+
+def outline_agreement(ct: sitk.Image, pet: sitk.Image) -> float | None:
+    """How well the body of the CT and the body of the PET, on the same grid, agree: 1 fully, 0.5 by chance.
+
+    The probability that a place in the body (CT > -300 HU) has more uptake than a place in the air around it (CT
+    < -950 HU, up to 6 cm off), that is the area under the ROC curve. Being made of ranks it needs no threshold for
+    the PET and takes any tracer and any unit. On 8 mm voxels, with the PET smoothed, noise hardly changes it. Lungs
+    and clothes lie between the two HU limits and do not count; nor does the rim of the image, where resampled CTs
+    have padding. None where there is no air (or no body) to look at, as in a small box inside the body.
+    """
+    ct, pet = _coarse(ct), _coarse(pet)
+    spacing = np.array(pet.GetSpacing()[::-1])
+    hu = sitk.GetArrayViewFromImage(ct)
+    uptake = ndimage.gaussian_filter(sitk.GetArrayViewFromImage(pet), 8 / spacing)
+    body = hu > -300
+    if not body.any():
+        return None
+    air = (hu < -950) & (ndimage.distance_transform_edt(~body, spacing) < 60)
+    inner = (slice(1, -1),) * 3
+    inside, outside = uptake[inner][body[inner]], uptake[inner][air[inner]]
+    if min(inside.size, outside.size) < 50:
+        return None
+    return float(stats.mannwhitneyu(inside, outside, method="asymptotic").statistic / inside.size / outside.size)
+
+
+def _checked_ct(ct: sitk.Image, notes: list[str]) -> sitk.Image:
+    ct = sitk.Cast(ct, sitk.sitkFloat32)
+    hu = sitk.GetArrayViewFromImage(ct)
+    check_finite(hu, "CT")
+    low, high = hu.min(), hu.max()
+    # Every part of a body has fat (-100 HU), lung or air about it. Not so images without the rescale intercept (0 and
+    # more, apart from the scanner's padding of -2000), windowed to 0..255, or normalised to mean 0.
+    if np.mean((hu >= AIR_HU) & (hu < -50)) < 0.01:
+        why = "rescale intercept missing?" if high > 300 else "normalised?"
+        raise UserError(f"CT has no fat and no air (values {low:g} to {high:g}): not HU, {why}; give the CT in HU")
+    if low < AIR_HU:
+        notes.append(f"CT padding below {AIR_HU} HU raised to {AIR_HU}")
+        ct = sitk.Clamp(ct, lowerBound=AIR_HU)
+    return ct
+
+
+def _checked_pet(pet: sitk.Image, notes: list[str]) -> sitk.Image:
+    pet = sitk.Cast(pet, sitk.sitkFloat32)
+    suv = sitk.GetArrayViewFromImage(pet)
+    check_finite(suv, "PET")
+    negative, total = -suv[suv < 0].sum(dtype=float), np.abs(suv).sum(dtype=float)
+    if total == 0:
+        raise UserError("PET is zero everywhere; export it again")
+    # Splines undershoot beside a bladder of SUV 50 by several units, but over the image that is next to nothing.
+    if negative > 0.01 * total:
+        raise UserError(f"PET has negative values (down to {suv.min():g}), as normalised images have; give it in SUVbw")
+    if negative > 0:
+        notes.append("small negative PET values (interpolation) set to 0")
+        pet = sitk.Clamp(pet, lowerBound=0)
+    return pet
+
+
+def _checked_lesions(lesions: sitk.Image, pet: sitk.Image) -> sitk.Image:
+    if not same_grid(lesions, pet):
+        size = "x".join(map(str, lesions.GetSize())), "x".join(map(str, pet.GetSize()))
+        raise UserError(f"segmentation ({size[0]} voxels) is not on the grid of the PET ({size[1]}); "
+                        "resample it to the PET (nearest neighbour)")  # fmt: skip
+    labels = sitk.GetArrayViewFromImage(lesions)
+    strange = labels[(labels != 0) & (labels != 1)]
+    if strange.size:
+        values = np.unique(strange)
+        shown = ", ".join(f"{v:g}" for v in values[:5]) + (", ..." if values.size > 5 else "")
+        hint = "interpolated? resample it with nearest neighbour" if np.any(values % 1) else "map them to 0 or 1"
+        raise UserError(f"segmentation has the value {shown} beside 0 (background) and 1 (lesion); {hint}")
+    lesions = sitk.Cast(lesions, sitk.sitkUInt8)
+    lesions.CopyInformation(pet)
+    return lesions
+
+
+def _check_pair(ct: sitk.Image, pet: sitk.Image) -> None:
+    body = sitk.GetArrayViewFromImage(ct) > -300
+    if not body.any():
+        raise UserError("CT shows no body (above -300 HU) where the PET is: wrong pairing? pair the files anew")
+    mean = sitk.GetArrayViewFromImage(pet)[body].mean(dtype=float)
+    least, most = BODY_MEAN_SUV
+    if mean > most:
+        raise UserError(f"PET has a mean of {mean:.0f} in the body, as Bq/ml has, not SUVbw; convert it to SUVbw")
+    if mean < least:
+        raise UserError(f"PET has a mean of {mean:.2g} in the body: scaled, not SUVbw; give the PET in SUVbw")
+    agreement = outline_agreement(ct, pet)
+    if agreement is not None and agreement < LEAST_OUTLINE_AGREEMENT:
+        raise UserError(f"the bodies in CT and PET disagree (agreement {agreement:.2f}, at least "
+                        f"{LEAST_OUTLINE_AGREEMENT} is needed): different subjects or wrong pairing; "
+                        "look at both and pair the files anew")  # fmt: skip
+
+
+def _coarse(image: sitk.Image) -> sitk.Image:
+    """Averaged to voxels of about 8 mm."""
+    factors = [min(max(1, round(8 / s)), n) for s, n in zip(image.GetSpacing(), image.GetSize(), strict=True)]
+    return sitk.BinShrink(image, factors)
