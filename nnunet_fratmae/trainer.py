@@ -18,8 +18,8 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 
-from nnUNet_raw_conversion.command import UserError
 from nnunet_fratmae.artefact import check_artefact, load_encoders
+from nnUNet_raw_conversion.command import UserError
 from plans.extension import extend_plans, follow_artefact, is_fratmae
 from plans.settings import Settings
 

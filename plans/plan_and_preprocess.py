@@ -42,7 +42,8 @@ def plan_and_preprocess(raw: Path, settings: Settings, processes: int) -> None:
     from nnunetv2.experiment_planning.plan_and_preprocess_api import extract_fingerprint_dataset, preprocess_dataset
 
     from plans.extension import find_modalities
-    from plans.planner import PLANS_NAME, FratMAEPlanner, plan_unlabelled
+    from plans.planner import FratMAEPlanner, plan_unlabelled
+    from plans.preprocessed import PLANS_NAME
     from plans.wholebody import list_studies, write_store
 
     dataset_id = int(raw.name[7:10])

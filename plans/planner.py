@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import os
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-from batchgenerators.utilities.file_and_folder_operations import load_json, save_json
+from batchgenerators.utilities.file_and_folder_operations import save_json
 from nnunetv2.experiment_planning.experiment_planners.default_experiment_planner import ExperimentPlanner
 from nnunetv2.imageio.reader_writer_registry import determine_reader_writer_from_dataset_json
 
 from nnUNet_raw_conversion.command import UserError, nnunet_folder
 from plans.extension import HWD_FROM_ZYX, extend_plans, find_modalities
+from plans.preprocessed import PLANS_NAME
 from plans.settings import Settings
 from plans.units import MODALITIES, intensity_properties
-
-PLANS_NAME = "FratMAEPlans"
 
 
 class FratMAEPlanner(ExperimentPlanner):
@@ -102,16 +100,3 @@ def plan_unlabelled(
     save_json(dataset_json, str(folder / "dataset.json"), sort_keys=False)
     save_json(plans, str(folder / f"{PLANS_NAME}.json"), sort_keys=False)
     return plans
-
-
-def load_plans(preprocessed: Path) -> dict[str, Any]:
-    """FratMAEPlans.json of a preprocessed dataset.
-
-    Raises:
-        UserError: it is not there.
-    """
-    path = preprocessed / f"{PLANS_NAME}.json"
-    if not path.is_file():
-        dataset_id = int(preprocessed.name[7:10])
-        raise UserError(f"{path} is not there; run fratmae_plan_and_preprocess -d {dataset_id} first")
-    return load_json(str(path))

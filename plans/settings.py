@@ -69,7 +69,7 @@ class Pretrain:
     weight_decay: float = 0.05
     """Of AdamW; biases, norms and the CLS token have none."""
     warmup_epochs: float = 1.0
-    """Linear rise of the learning rate; an epoch is a patch of every case."""
+    """Linear rise of the learning rate over so many epochs."""
     mask_ratio: float = 0.5
     """Share of the masked modality's tokens that is masked."""
     decoder_block: str = "cross_self"

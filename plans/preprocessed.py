@@ -1,0 +1,48 @@
+"""What a preprocessed dataset holds: its FratMAE plans, its dataset.json and nnU-Net's cross-validation folds."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from nnUNet_raw_conversion.command import UserError
+
+PLANS_NAME = "FratMAEPlans"
+
+
+def load_plans(preprocessed: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """FratMAEPlans.json and dataset.json.
+
+    Raises:
+        UserError: they are not there.
+    """
+    path = preprocessed / f"{PLANS_NAME}.json"
+    if not path.is_file():
+        dataset_id = int(preprocessed.name[7:10])
+        raise UserError(f"{path} is not there; run fratmae_plan_and_preprocess -d {dataset_id} first")
+    return json.loads(path.read_text()), json.loads((preprocessed / "dataset.json").read_text())
+
+
+def validation_cases(preprocessed: Path, plans: dict[str, Any], fold: int) -> set[str]:
+    """Case ids that nnU-Net validates on in `fold`; its splits_final.json is made as nnU-Net makes it where missing.
+
+    Raises:
+        UserError: there is no such fold.
+    """
+    path = preprocessed / "splits_final.json"
+    if not path.is_file():
+        from nnunetv2.utilities.crossval_split import generate_crossval_split
+
+        folder = preprocessed / plans["configurations"]["3d_fullres"]["data_identifier"]
+        cases = sorted(f.stem for f in folder.glob("*.b2nd") if not f.stem.endswith("_seg"))
+        if len(cases) < 5:
+            raise UserError(f"-f {fold}: {preprocessed.name} has {len(cases)} labelled cases, too few for 5 folds")
+        partial = path.with_name(".partial_splits_final.json")
+        partial.write_text(json.dumps(generate_crossval_split(cases, seed=12345, n_splits=5), indent=4, default=str))
+        os.replace(partial, path)
+    splits = json.loads(path.read_text())
+    if not 0 <= fold < len(splits):
+        raise UserError(f"-f {fold}: {path} has folds 0 to {len(splits) - 1}")
+    return set(splits[fold]["val"])
