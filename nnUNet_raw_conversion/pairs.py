@@ -118,7 +118,7 @@ def main() -> None:
     parser.add_argument("--clinical", type=Path, metavar="FILE", help="table of tracer, diagnosis, age, sex and stage, "
                         "relative to -i [clinical.csv if it is there]")  # fmt: skip
     parser.add_argument("--unlabelled", action="store_true", help="cases without segmentation are for pretraining only")
-    parser.add_argument("-np", type=int, default=4, metavar="N", help="number of processes [4]")
+    parser.add_argument("-np", type=int, default=4, metavar="N", help="number of processes, up to 4 GB each [4]")
     run_command(parser, convert_pairs)
 
 

@@ -81,6 +81,21 @@ def test_only_the_finer_axis_is_smoothed_and_to_the_voxel_of_the_reference():
     np.testing.assert_allclose(line[15:18], [0, 1, 0], atol=1e-6)
 
 
+@pytest.mark.parametrize("order", itertools.permutations(range(3)))
+def test_the_order_of_the_axes_in_a_file_changes_nothing(order):
+    """The same noise and the same target voxels, with their axes stored in another order."""
+    order = list(order)
+    noise = np.random.default_rng(0).normal(size=(20, 21, 22))
+    reference = grid((9, 7, 8), (4, 2, 1))
+    expected = values(resample_to(grid((20, 21, 22), (1, 1.5, 2), values=noise), reference, 0))
+    axes = np.eye(3)[:, order]
+    turned = grid(np.array((9, 7, 8))[order], np.array((4, 2, 1))[order], axes)
+    result = values(resample_to(grid((20, 21, 22), (1, 1.5, 2), values=noise), turned, 0))
+    np.testing.assert_allclose(result, expected.transpose(order), atol=1e-5)
+    moving = grid(np.array((20, 21, 22))[order], np.array((1, 1.5, 2))[order], axes, values=noise.transpose(order))
+    np.testing.assert_allclose(values(resample_to(moving, reference, 0)), expected, atol=1e-5)
+
+
 def test_what_the_reference_cannot_show_is_averaged_not_aliased():
     x = np.arange(80)
     wave = np.broadcast_to(np.cos(2 * np.pi * x / 5.3)[:, None, None], (80, 9, 10))  # 5.3 mm: not to be seen at 5 mm
