@@ -1,6 +1,7 @@
-"""Installation of nnunet-fratmae: four packages, the commands, and the file by which stock nnU-Net finds the trainers."""
+"""Installation: four packages, the commands, and the file by which stock nnU-Net finds the trainers."""
 
 import os
+from pathlib import Path
 
 from setuptools import find_packages, setup
 from setuptools.command.build_py import build_py
@@ -33,7 +34,7 @@ setup(
     name="nnunet-fratmae",
     version="0.1.0",
     description="FratMAE for nnU-Net v2: PET/CT foundation model pretraining, lesion segmentation and staging",
-    long_description=open("README.md", encoding="utf-8").read() if os.path.exists("README.md") else "",
+    long_description=Path("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.10",
@@ -55,6 +56,7 @@ setup(
         "open_clip_torch",
         "tqdm",
         "matplotlib",
+        "nibabel",
     ],
     extras_require={"test": ["pytest", "hypothesis", "ruff", "setuptools", "wheel"], "bench": ["psutil"]},
     entry_points={

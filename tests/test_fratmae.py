@@ -1,0 +1,156 @@
+"""The method of stage 1 against plain references: masks, token order, decoder roles, loss."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pretraining.engine import draw_mask, hold_out, learning_rate, parameter_groups
+from pretraining.fratmae import (
+    CrossAttention,
+    FratMAE,
+    partner,
+    patchify,
+    random_masking,
+    reconstruction_loss,
+    unpatchify,
+)
+
+PATCH, TOKEN = (8, 24, 32), (4, 8, 8)  # a grid of 2 x 3 x 4 tokens
+ENCODER = {"embed_dim": 24, "depth": 2, "num_heads": 2}
+DECODER = {"dim": 18, "depth": 2, "num_heads": 3, "block": "cross_self"}
+
+
+def model() -> FratMAE:
+    torch.manual_seed(0)
+    return FratMAE(PATCH, TOKEN, ENCODER, DECODER).eval()
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.integers(1, 5), st.integers(2, 60), st.floats(0.1, 0.9), st.integers(0, 2**31))
+def test_masking_is_exact_and_complete(batch, tokens, ratio, seed):
+    keep, masked = random_masking(batch, tokens, ratio, torch.Generator().manual_seed(seed))
+    assert masked.shape == (batch, round(ratio * tokens))
+    for row in torch.cat([keep, masked], dim=1):
+        assert sorted(row.tolist()) == list(range(tokens))
+
+
+def test_masks_differ_between_samples_and_are_uniform():
+    keep, masked = random_masking(4000, 10, 0.5, torch.Generator().manual_seed(1))
+    counts = np.bincount(masked.flatten(), minlength=10) / 4000
+    np.testing.assert_allclose(counts, 0.5, atol=0.04)
+
+
+def test_patchify_matches_a_reference_loop():
+    volume = torch.arange(2 * 8 * 24 * 32).reshape(2, 1, 8, 24, 32).float()
+    tokens = patchify(volume, TOKEN)
+    n = 0
+    for h in range(2):
+        for w in range(3):
+            for d in range(4):
+                block = volume[:, 0, 4 * h : 4 * h + 4, 8 * w : 8 * w + 8, 8 * d : 8 * d + 8]
+                torch.testing.assert_close(tokens[:, n], block.reshape(2, -1))
+                n += 1
+    torch.testing.assert_close(unpatchify(tokens, (2, 3, 4), TOKEN), volume)
+
+
+def test_loss_is_on_exactly_the_masked_voxels():
+    torch.manual_seed(0)
+    volume, prediction = torch.randn(2, 1, *PATCH), torch.randn(2, 24, 4 * 8 * 8)
+    _, masked = random_masking(2, 24, 0.5, torch.Generator().manual_seed(3))
+    picture = unpatchify(prediction, (2, 3, 4), TOKEN)
+    total, count = 0.0, 0
+    for b in range(2):
+        for n in masked[b].tolist():
+            h, w, d = n // 12, n // 4 % 3, n % 4
+            block = (b, 0, slice(4 * h, 4 * h + 4), slice(8 * w, 8 * w + 8), slice(8 * d, 8 * d + 8))
+            total += float((picture[block] - volume[block]).square().sum())
+            count += 256
+    loss = reconstruction_loss(prediction, volume, masked, TOKEN)
+    assert float(loss) == pytest.approx(total / count, rel=1e-5)
+
+
+@pytest.mark.parametrize("modality", ["CT", "PET"])
+def test_hidden_voxels_do_not_leak_but_the_partner_is_seen_whole(modality):
+    """The prediction of S ignores the voxels of S that are masked, and looks at every voxel of the other modality."""
+    net, image = model(), torch.randn(1, 2, *PATCH)
+    channel = {"CT": 0, "PET": 1}[modality]
+    keep, masked = random_masking(1, 24, 0.5, torch.Generator().manual_seed(5))
+    reference = net(image, modality, keep)
+    hidden = patchify(image[:, channel : channel + 1], TOKEN).clone()
+    hidden[0, masked[0]] += 10
+    changed = image.clone()
+    changed[:, channel : channel + 1] = unpatchify(hidden, (2, 3, 4), TOKEN)
+    torch.testing.assert_close(net(changed, modality, keep), reference)
+    for token in range(24):  # each token of the partner matters
+        seen = patchify(image[:, 1 - channel : 2 - channel], TOKEN).clone()
+        seen[0, token] += 10
+        changed = image.clone()
+        changed[:, 1 - channel : 2 - channel] = unpatchify(seen, (2, 3, 4), TOKEN)
+        assert (net(changed, modality, keep) - reference).abs().max() > 1e-5
+
+
+@pytest.mark.parametrize("modality", ["CT", "PET"])
+def test_gradients_reach_both_encoders_and_the_decoder_of_the_masked_modality_only(modality):
+    net = model().train()
+    keep, masked = random_masking(2, 24, 0.5, torch.Generator().manual_seed(5))
+    image = torch.randn(2, 2, *PATCH)
+    reconstruction_loss(net(image, modality, keep), image[:, :1], masked, TOKEN).backward()
+    idle = {name.split(".")[0] + "." + name.split(".")[1] for name, p in net.named_parameters() if p.grad is None}
+    assert idle == {f"decoders.{partner(modality)}"}
+
+
+def test_cross_attention_matches_a_reference():
+    torch.manual_seed(0)
+    attention = CrossAttention(12, 3)
+    query, context = torch.randn(2, 5, 12), torch.randn(2, 7, 12)
+    q, kv = attention.to_query(query), attention.to_key_value(context)
+    out = torch.zeros(2, 5, 12)
+    for head in range(3):
+        part = slice(4 * head, 4 * head + 4)
+        k, v = kv[..., part], kv[..., 12:][..., part]
+        weights = torch.softmax(q[..., part] @ k.transpose(1, 2) / 4**0.5, dim=-1)
+        out[..., part] = weights @ v
+    torch.testing.assert_close(attention(query, context), attention.project(out))
+
+
+def test_visible_tokens_keep_their_place_in_the_decoder():
+    """Without blocks, each kept token comes out at its own index, and the gaps hold the mask token."""
+    decoder = model().decoders["PET"]
+    decoder.blocks, decoder.norm, decoder.to_voxels = torch.nn.ModuleList(), torch.nn.Identity(), torch.nn.Identity()
+    visible, keep = torch.randn(1, 4, 24), torch.tensor([[2, 7, 20]])
+    out = decoder(visible, keep, torch.randn(1, 25, 24)) - decoder.positions[1:]
+    expected = decoder.mask_token.expand(1, 24, -1).clone()
+    expected[0, keep[0]] = decoder.embed_visible(visible)[0, 1:]
+    torch.testing.assert_close(out, expected)
+
+
+def test_both_modalities_are_drawn_and_a_key_repeats():
+    draws = [draw_mask(torch.Size([2]), 24, 0.5, (0, 0, step)) for step in range(60)]
+    assert 15 < sum(m == "PET" for m, _, _ in draws) < 45
+    again = draw_mask(torch.Size([2]), 24, 0.5, (0, 0, 7))
+    assert again[0] == draws[7][0] and torch.equal(again[1], draws[7][1])
+
+
+def test_learning_rate_rises_then_falls_to_zero():
+    rates = [learning_rate(step, 100, 10, 2.0) for step in range(100)]
+    assert rates[0] == pytest.approx(0.2) and rates[9] == pytest.approx(2.0)
+    assert rates[55] == pytest.approx(1.0) and rates[99] < 0.01
+    assert all(a >= b for a, b in zip(rates[9:], rates[10:], strict=False))
+
+
+def test_norms_biases_and_tokens_have_no_weight_decay():
+    decayed, free = parameter_groups(model(), 0.05)
+    assert all(p.ndim >= 2 for p in decayed["params"]) and free["weight_decay"] == 0
+    tokens = {id(p) for name, p in model().named_parameters() if name.endswith("_token")}
+    assert tokens.isdisjoint(id(p) for p in decayed["params"])
+
+
+def test_held_out_cases_are_disjoint_and_stable():
+    cases = [f"case{i}" for i in range(20)]
+    train, held_out = hold_out(cases, 0.1, seed=0)
+    assert len(held_out) == 2 and sorted(train + held_out) == sorted(cases)
+    assert hold_out(cases, 0.1, seed=0) == (train, held_out)
+    assert hold_out(cases, 0.0, seed=0) == (cases, [])
+    assert len(hold_out(cases[:2], 0.1, seed=0)[1]) == 1

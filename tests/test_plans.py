@@ -1,0 +1,233 @@
+"""Settings, units, the pure plans extension and the contract of artefacts."""
+
+import copy
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+
+from nnUNet_raw_conversion.command import UserError
+from plans.contract import Contract, read_contract
+from plans.extension import choose_sizes, extend_plans, find_modalities, follow_artefact, hwd_axes
+from plans.settings import Finetune, Settings, override
+from plans.units import PRETRAINING_UNITS, affine_to_units, intensity_properties, units_contract
+
+DATASET_JSON = {"channel_names": {"0": "CT", "1": "CT"}, "fratmae": {"modalities": ["CT", "PET"]}}
+
+
+def stock_plans(shape_zyx=(326, 400, 380), transpose=(0, 1, 2), scheme="CTNormalization") -> dict:
+    """Plans as stock nnU-Net writes them, as far as the extension reads them; shape in the array's (z, y, x)."""
+    properties = {"mean": 100.0, "std": 250.0, "percentile_00_5": -800.0, "percentile_99_5": 1100.0}
+    pet = {"mean": 7.0, "std": 8.0, "percentile_00_5": 1.0, "percentile_99_5": 51.0}
+    fullres = {
+        "patch_size": [128, 128, 128],
+        "batch_size": 2,
+        "median_image_size_in_voxels": [shape_zyx[axis] for axis in transpose],
+        "normalization_schemes": [scheme, scheme],
+        "architecture": {"network_class_name": "PlainConvUNet", "arch_kwargs": {}, "_kw_requires_import": []},
+    }
+    return {
+        "plans_name": "nnUNetPlans",
+        "transpose_forward": list(transpose),
+        "foreground_intensity_properties_per_channel": {"0": properties, "1": pet},
+        "configurations": {"2d": {"patch_size": [256, 256]}, "3d_fullres": fullres},
+    }
+
+
+def test_whole_bodies_get_the_papers_sizes():
+    plans, warnings = extend_plans(stock_plans(), DATASET_JSON, Settings())
+    config = plans["configurations"]["3d_fullres"]
+    kwargs = config["architecture"]["arch_kwargs"]
+    assert config["patch_size"] == [192, 32, 160]  # the plans' axes are SI, AP, LR
+    assert kwargs["patch_size"] == [32, 160, 192] and kwargs["token_patch"] == [8, 16, 16]
+    assert (kwargs["embed_dim"], kwargs["depth"], kwargs["num_heads"]) == (768, 12, 12)
+    assert plans["fratmae"]["wholebody"] == {"grid": [160, 160, 192], "patch": [32, 160, 192], "k": 2}
+    assert warnings == [] and json.dumps(plans)
+
+
+def test_the_argument_is_not_changed():
+    plans = stock_plans()
+    before = copy.deepcopy(plans)
+    extend_plans(plans, DATASET_JSON, Settings())
+    assert plans == before
+
+
+@pytest.mark.parametrize("transpose", [(0, 1, 2), (1, 2, 0), (1, 0, 2), (2, 0, 1)])
+def test_axes_name_height_width_depth(transpose):
+    """A marked array in (z, y, x), transposed as nnU-Net does and permuted by the axes, comes out as (y, x, z)."""
+    array = np.zeros((5, 3, 4))  # z, y, x
+    assert array.transpose(transpose).transpose(hwd_axes(transpose)).shape == (3, 4, 5)
+
+
+@hypothesis_settings(deadline=None)
+@given(st.tuples(st.integers(8, 700), st.integers(8, 700), st.integers(8, 900)))
+def test_chosen_sizes_always_fit_together(median):
+    """Whole tokens everywhere, the patch covers the median study up to the paper's size, the slab fits the grid."""
+    chosen = choose_sizes(Settings(), median)
+    token, patch, whole = chosen.token_patch, chosen.finetune.patch, chosen.wholebody
+    assert all(p % t == 0 for p, t in zip(patch, token, strict=True))
+    assert all(p % t == 0 for p, t in zip(whole.patch, token, strict=True))
+    assert all(p >= min(m, limit) for p, m, limit in zip(patch, median, (32, 160, 192), strict=True))
+    assert whole.k * whole.patch[0] <= whole.grid[0]
+    assert whole.patch[1:] == whole.grid[1:] or max(whole.grid) > 192
+    assert 2 <= chosen.finetune.batch_size <= 16
+
+
+def test_settings_of_the_user_are_kept():
+    wanted = Settings(preset="vit_s", token_patch=(4, 8, 8), finetune=Finetune(patch=(16, 48, 64), batch_size=5))
+    plans, _ = extend_plans(stock_plans(), DATASET_JSON, wanted)
+    assert plans["configurations"]["3d_fullres"]["patch_size"] == [64, 16, 48]
+    assert plans["configurations"]["3d_fullres"]["batch_size"] == 5
+    assert plans["configurations"]["3d_fullres"]["architecture"]["arch_kwargs"]["embed_dim"] == 384
+
+
+def test_extending_twice_changes_nothing_and_edits_of_the_configuration_stay():
+    once, _ = extend_plans(stock_plans(), DATASET_JSON, Settings())
+    once["configurations"]["3d_fullres"]["batch_size"] = 7
+    once["configurations"]["3d_fullres"]["patch_size"] = [96, 16, 80]
+    twice, _ = extend_plans(once, DATASET_JSON, Settings.from_json(once["fratmae"]))
+    config = twice["configurations"]["3d_fullres"]
+    assert (config["batch_size"], config["patch_size"]) == (7, [96, 16, 80])
+    assert config["architecture"]["arch_kwargs"]["patch_size"] == [16, 80, 96]
+
+
+def test_preset_and_token_patch_follow_the_artefact():
+    settings = choose_sizes(Settings(finetune=Finetune(patch=(8, 48, 16))), (40, 60, 80))
+    followed = follow_artefact(settings, contract(preset="vit_tiny", token_patch=(8, 16, 16)))
+    assert (followed.preset, followed.token_patch) == ("vit_tiny", (8, 16, 16))
+    same = choose_sizes(followed, (40, 60, 80))
+    assert follow_artefact(same, contract(preset="vit_tiny", token_patch=(8, 16, 16))) is same
+
+
+@pytest.mark.parametrize("configuration, extra", [("2d", {}), ("3d_cascade_fullres", {"previous_stage": "3d_lowres"})])
+def test_configurations_that_fratmae_cannot_train_are_refused(configuration, extra):
+    plans = stock_plans()
+    plans["configurations"].setdefault(configuration, {"inherits_from": "3d_fullres", **extra})
+    with pytest.raises(UserError, match="3d_fullres"):
+        extend_plans(plans, DATASET_JSON, Settings(), configuration)
+
+
+@pytest.mark.parametrize(
+    "names, declared, expected",
+    [
+        (["CT", "CT"], None, [0, 1]),
+        (["CT", "CT"], ["PET", "CT"], [1, 0]),
+        (["CT", "PET"], None, [0, 1]),
+        (["SUV", "CT"], None, [1, 0]),
+    ],
+)
+def test_modalities_are_found(names, declared, expected):
+    dataset_json = {"channel_names": {str(i): n for i, n in enumerate(names)}}
+    if declared:
+        dataset_json["fratmae"] = {"modalities": declared}
+    assert find_modalities(dataset_json) == expected
+
+
+@pytest.mark.parametrize("names", [["CT"], ["CT", "MR"], ["PET", "PET"], ["CT", "PET", "MR"]])
+def test_other_channels_are_refused(names):
+    with pytest.raises(UserError, match="dataset.json"):
+        find_modalities({"channel_names": {str(i): n for i, n in enumerate(names)}})
+
+
+@given(st.floats(-1000, 1400), st.floats(0, 25))
+def test_units_are_the_same_through_stock_plans_and_through_ours(hu, suv):
+    """HU -> stock CTNormalization -> affine equals HU -> pretraining units (no clipping inside both ranges)."""
+    for modality, value, stock in (("CT", hu, (107.7, 286.3)), ("PET", suv, (7.06, 7.96))):
+        units = PRETRAINING_UNITS[modality]
+        scale, shift = affine_to_units(modality, "CTNormalization", {"mean": stock[0], "std": stock[1]})
+        expected = pytest.approx((value - units.mean) / units.std, abs=1e-6)
+        assert scale * (value - stock[0]) / stock[1] + shift == expected
+        scale, shift = affine_to_units(modality, "NoNormalization", {})
+        assert scale * value + shift == expected
+        scale, shift = affine_to_units(modality, "CTNormalization", intensity_properties(modality))
+        assert (scale, shift) == (1.0, 0.0)
+
+
+def test_zscore_warns_and_goes_on():
+    plans, warnings = extend_plans(stock_plans(scheme="ZScoreNormalization"), DATASET_JSON, Settings())
+    assert len(warnings) == 2 and "absolute values are lost" in warnings[0]
+    assert plans["configurations"]["3d_fullres"]["architecture"]["arch_kwargs"]["scale"] == [1.0, 1.0]
+
+
+def test_settings_survive_json():
+    settings = override(Settings(), ["pretrain.epochs=3", "token_patch=[4,8,8]", "finetune.learning_rate=1"])
+    assert Settings.from_json(json.loads(json.dumps(settings.to_json()))) == settings
+    assert settings.finetune.learning_rate == 1.0
+
+
+@pytest.mark.parametrize(
+    "assignment, names",
+    [
+        ("pretrain.epoch=3", "pretrain.epochs"),
+        ("pretrain=3", "unknown key"),
+        ("preset=vit_x", "vit_tiny"),
+        ("pretrain.epochs=many", "whole number"),
+        ("pretrain.epochs=0", "at least 1"),
+        ("pretrain.mask_ratio=1.0", "between 0 and 1"),
+        ("token_patch=[3,8,8]", "1, 2, 4, 8, 16"),
+        ("token_patch=[8,8]", "three whole numbers"),
+        ("pretrain.epochs", "key=value"),
+    ],
+)
+def test_wrong_settings_are_refused_in_one_line(assignment, names):
+    with pytest.raises(UserError, match=names) as error:
+        override(Settings(), [assignment])
+    assert "\n" not in str(error.value)
+
+
+def test_sizes_that_do_not_fit_are_refused():
+    with pytest.raises(UserError, match="no multiple of token_patch"):
+        override(Settings(), ["token_patch=[8,16,16]", "finetune.patch=[32,60,64]"])
+    with pytest.raises(UserError, match="does not fit"):
+        override(Settings(), ["wholebody.grid=[40,64,64]", "wholebody.patch=[32,64,64]", "wholebody.k=2"])
+
+
+def contract(**changes) -> Contract:
+    values = {
+        "preset": "vit_tiny", "embed_dim": 192, "depth": 12, "num_heads": 3, "token_patch": (4, 8, 8),
+        "grid": (40, 48, 64), "patch": (32, 48, 64), "k": 1, "method": "fratmae_notext", "text_tower": None,
+        "epochs": 1, "datasets": [], "software": {},
+    }  # fmt: skip
+    return Contract(**(values | changes))
+
+
+def write_artefact(folder, **changes):
+    folder.mkdir(exist_ok=True)
+    (folder / "encoders.safetensors").write_bytes(b"")
+    contract().save(folder / "encoders.json")
+    content = json.loads((folder / "encoders.json").read_text()) | changes
+    (folder / "encoders.json").write_text(json.dumps(content))
+    return folder
+
+
+def test_contract_is_read_back(tmp_path):
+    read = read_contract(write_artefact(tmp_path / "a"))
+    assert (read.preset, read.token_patch, read.units) == ("vit_tiny", (4, 8, 8), units_contract())
+
+
+@pytest.mark.parametrize(
+    "changes, names",
+    [
+        ({"architecture": "PlainConvUNet"}, "no FratMAE encoder pair"),
+        ({"format": "other"}, "no FratMAE encoder pair"),
+        ({"units": {}}, "units"),
+        ({"axes": "D W H"}, "axes"),
+        ({"embed_dim": 100}, "not known to this version"),
+        ({"token_patch": [3, 8, 8]}, "token_patch"),
+    ],
+)
+def test_artefacts_of_another_kind_are_refused(tmp_path, changes, names):
+    with pytest.raises(UserError, match=names):
+        read_contract(write_artefact(tmp_path / "a", **changes))
+
+
+def test_absent_and_unreadable_artefacts_are_refused(tmp_path):
+    with pytest.raises(UserError, match="is not there"):
+        read_contract(tmp_path / "nowhere")
+    folder = write_artefact(tmp_path / "a")
+    (folder / "encoders.json").write_text("{")
+    with pytest.raises(UserError, match="no readable contract"):
+        read_contract(folder / "encoders.safetensors")
