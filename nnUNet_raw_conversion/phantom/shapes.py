@@ -48,16 +48,17 @@ class Grid:
 class SmoothField:
     """A random field in space: a cubic B-spline whose control points lie on a lattice of `step` mm.
 
-    Control points are standard normal, cut at 2.5, so that the field never leaves [-2.5, 2.5]; it repeats after the
-    period of the lattice, which is larger than the field of view.
+    Control points are standard normal, cut at `LIMIT`, which the field therefore never exceeds; its standard deviation
+    is about 1/3. It repeats after the period of the lattice, which is larger than the field of view.
     """
 
+    LIMIT = 2.0
     EXTENT = (1300.0, 500.0, 600.0)  # mm along z, y and x
 
     def __init__(self, rng: np.random.Generator, step: float) -> None:
         self.step = step
         count = [int(np.ceil(extent / step)) for extent in self.EXTENT]
-        self.lattice = np.clip(rng.standard_normal(count, np.float32), -2.5, 2.5)
+        self.lattice = np.clip(rng.standard_normal(count, np.float32), -self.LIMIT, self.LIMIT)
 
     def _weights(self, axis: np.ndarray, count: int) -> np.ndarray:
         position = axis.astype(np.float64) / self.step

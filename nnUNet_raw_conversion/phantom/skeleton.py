@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from nnUNet_raw_conversion.phantom.organs import LABEL
-from nnUNet_raw_conversion.phantom.shapes import Curve, Shape, ellipsoid, mirror, tube
+from nnUNet_raw_conversion.phantom.shapes import Curve, Point, Shape, ellipsoid, mirror, tube
 
 _SPINE_Y = Curve((200, 260, 300, 335, 380, 430, 500, 580, 650, 720, 770, 830, 890),
                  (66, 64, 52, 32, 25, 29, 42, 56, 60, 48, 30, 18, 12))  # fmt: skip
@@ -82,8 +82,8 @@ def head(rng: np.random.Generator, fat: float) -> list[Shape]:
     move = np.array([rng.normal(0, 3), rng.normal(-6, 5), rng.normal(0, 3)])
     size = np.exp(rng.normal(0, 0.03))
 
-    def at(organ: str, centre: tuple, semi: tuple, tilt: tuple = (0, 0, 0), **options) -> Shape:
-        return ellipsoid(organ, np.add(centre, move), np.multiply(semi, size), tilt, **options)
+    def at(organ: str, centre: Point, semi: Point, tilt: Point = (0, 0, 0)) -> Shape:
+        return ellipsoid(organ, np.add(centre, move), np.multiply(semi, size), tilt)
 
     skin = 3 + fat * 0.08
     shapes = []
