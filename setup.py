@@ -8,8 +8,19 @@ from setuptools.command.build_py import build_py
 
 PACKAGES = ("nnunet_fratmae", "pretraining", "plans", "nnUNet_raw_conversion")
 STARTUP_FILE = "nnunet_fratmae.pth"
-# Read by Python's site module at every start; whatever happens here must not stop or slow the interpreter.
-STARTUP_LINE = "import importlib.util; importlib.util.find_spec('nnunet_fratmae') and __import__('nnunet_fratmae.discovery', fromlist=['register']).register()\n"  # noqa: E501
+# Python's site module runs this at every start. It must not stop, slow or soil the interpreter: an installation that is
+# broken or gone is passed over in silence, and the package is forgotten again, so that a script's own sys.path decides
+# which copy it imports later.
+STARTUP_CODE = """\
+import sys
+try:
+    from nnunet_fratmae.discovery import register
+    register()
+except Exception:
+    pass
+for name in ("nnunet_fratmae.discovery", "nnunet_fratmae"):
+    sys.modules.pop(name, None)
+"""
 
 
 class BuildWithStartupFile(build_py):
@@ -23,7 +34,7 @@ class BuildWithStartupFile(build_py):
         root = self.get_finalized_command("install").install_lib if self.editable_mode else self.build_lib
         os.makedirs(root, exist_ok=True)
         with open(os.path.join(root, STARTUP_FILE), "w") as file:
-            file.write(STARTUP_LINE)
+            file.write(f"import sys; exec({STARTUP_CODE!r}, {{}})\n")  # a .pth file holds lines that begin with import
 
     def get_outputs(self, *args, **kwargs):
         own = [] if self.editable_mode else [os.path.join(self.build_lib, STARTUP_FILE)]
