@@ -32,6 +32,11 @@ class FratMAEPlanner(ExperimentPlanner):
     def determine_normalization_scheme_and_whether_mask_is_used_for_norm(self) -> tuple[list[str], list[bool]]:
         return ["CTNormalization"] * len(MODALITIES), [False] * len(MODALITIES)
 
+    @staticmethod
+    def static_estimate_VRAM_usage(*_: Any, **__: Any) -> float:
+        """Nothing: the patch and batch size that nnU-Net fits to its U-Net are replaced by ours."""
+        return 1.0
+
     def plan_experiment(self) -> dict[str, Any]:
         """nnU-Net's planning without its printing; the plans are in plans.json and in `self.plans`."""
         with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):

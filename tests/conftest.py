@@ -1,0 +1,63 @@
+"""Fixtures shared by the tests: a preprocessed phantom dataset and the nnU-Net folders it lives in."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SETTINGS = [
+    "token_patch=[8,16,16]", "finetune.patch=[16,32,48]", "finetune.batch_size=2", "finetune.epochs=1",
+    "finetune.iterations=2", "finetune.val_iterations=1", "wholebody.grid=[32,48,64]", "pretrain.epochs=2",
+    "pretrain.batch_size=2", "pretrain.workers=0",
+]  # fmt: skip
+
+
+class Workspace:
+    """nnU-Net's three folders below one folder, and commands run in them."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.raw, self.preprocessed, self.results = (folder / name for name in ("raw", "preprocessed", "results"))
+        for path in (self.raw, self.preprocessed, self.results):
+            path.mkdir(parents=True, exist_ok=True)
+        self.variables = {
+            "nnUNet_raw": str(self.raw),
+            "nnUNet_preprocessed": str(self.preprocessed),
+            "nnUNet_results": str(self.results),
+            "nnUNet_n_proc_DA": "1",
+            "nnUNet_def_n_proc": "1",
+        }
+
+    def run(self, command: str, expect: int = 0, **variables: str) -> str:
+        """Run a command line of this environment as a user does; its output (stdout and stderr)."""
+        program, *arguments = command.split()
+        program = shutil.which(program, path=str(Path(sys.executable).parent)) or program
+        clean = {k: v for k, v in os.environ.items() if k != "FRATMAE_PRETRAINED"}
+        environment = {**clean, **self.variables, **variables}
+        done = subprocess.run([program, *arguments], env=environment, capture_output=True, text=True, check=False)
+        output = done.stdout + done.stderr
+        assert (done.returncode == 0) == (expect == 0), output[-4000:]
+        return output
+
+
+@pytest.fixture(scope="session")
+def phantoms(tmp_path_factory) -> Workspace:
+    """Six coarse phantoms (ID 7) planned with a tiny network, and two more (ID 8) that nobody trains on."""
+    workspace = Workspace(tmp_path_factory.mktemp("phantoms"))
+    workspace.run("fratmae_phantom -d 7 -n 6 --seed 1 --spacing 10 11 12")
+    workspace.run("fratmae_phantom -d 8 -n 2 --seed 2 --spacing 10 11 12")
+    workspace.run(f"fratmae_plan_and_preprocess -d 7 -preset vit_tiny -np 2 --set {' '.join(SETTINGS)}")
+    return workspace
+
+
+@pytest.fixture(scope="session")
+def pretraining(phantoms: Workspace) -> Path:
+    """The artefact of two epochs on the phantoms."""
+    folder = phantoms.folder / "pretraining"
+    phantoms.run(f"fratmae_pretrain -d 7 -device cpu -o {folder}")
+    return folder

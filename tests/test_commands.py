@@ -1,0 +1,107 @@
+"""Planning and pretraining commands: what they write, and one clear line where the user went wrong."""
+
+import json
+import shutil
+import sys
+
+import pytest
+
+from plans import plan_and_preprocess
+from pretraining import pretrain
+
+
+def call(main, arguments: str, monkeypatch, capsys) -> str:
+    """Run a command in this process; it must fail with one line, which is returned."""
+    monkeypatch.setattr(sys, "argv", ["command", *arguments.split()])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert stop.value.code not in (0, None)
+    message = stop.value.code if isinstance(stop.value.code, str) else capsys.readouterr().err
+    assert "\n" not in message.strip()
+    return message
+
+
+@pytest.fixture
+def folders(tmp_path, monkeypatch):
+    for name in ("raw", "preprocessed", "results"):
+        (tmp_path / name).mkdir()
+        monkeypatch.setenv(f"nnUNet_{name}", str(tmp_path / name))
+    return tmp_path
+
+
+def make_raw(folders, channels=("CT", "CT")):
+    raw = folders / "raw" / "Dataset003_Toy"
+    raw.mkdir()
+    content = {"channel_names": {str(i): c for i, c in enumerate(channels)}, "labels": {"background": 0, "lesion": 1},
+               "numTraining": 0, "file_ending": ".nii.gz"}  # fmt: skip
+    (raw / "dataset.json").write_text(json.dumps(content))
+    return raw
+
+
+@pytest.mark.parametrize("variable", ["nnUNet_raw", "nnUNet_preprocessed"])
+def test_planning_without_nnunet_variables(variable, folders, monkeypatch, capsys):
+    make_raw(folders)
+    monkeypatch.delenv(variable)
+    assert variable in call(plan_and_preprocess.main, "-d 3", monkeypatch, capsys)
+
+
+@pytest.mark.parametrize(
+    "arguments, says",
+    [
+        ("-d 4", "no dataset with this ID"),
+        ("-d 3", "no studies"),
+        ("-d 3 -preset vit_x", "vit_tiny"),
+        ("-d 3 --set pretrain.epoch=3", "pretrain.epochs"),
+        ("-d 3 --set finetune.patch=[1,2]", "three whole numbers"),
+    ],
+)
+def test_planning_says_what_is_wrong(arguments, says, folders, monkeypatch, capsys):
+    make_raw(folders)
+    assert says in call(plan_and_preprocess.main, arguments, monkeypatch, capsys)
+    assert not any((folders / "preprocessed").iterdir())
+
+
+def test_planning_refuses_other_channels(folders, monkeypatch, capsys):
+    make_raw(folders, channels=("CT", "MR"))
+    assert "dataset.json" in call(plan_and_preprocess.main, "-d 3", monkeypatch, capsys)
+
+
+def test_pretraining_says_what_is_missing(folders, monkeypatch, capsys):
+    (folders / "preprocessed" / "Dataset003_Toy").mkdir()
+    assert "fratmae_plan_and_preprocess -d 3" in call(pretrain.main, "-d 3 -device cpu", monkeypatch, capsys)
+    assert "no dataset" in call(pretrain.main, "-d 4 -device cpu", monkeypatch, capsys)
+    monkeypatch.delenv("nnUNet_results")
+    assert "nnUNet_results" in call(pretrain.main, "-d 3 -device cpu", monkeypatch, capsys)
+
+
+def test_pretraining_of_the_phantoms(phantoms, pretraining):
+    contract = json.loads((pretraining / "encoders.json").read_text())
+    assert contract["datasets"] == [{"name": "Dataset007_Phantom", "cases": 6, "licence": None}]
+    assert contract["token_patch"] == [8, 16, 16] and contract["grid"] == [32, 48, 64]
+    names = {f.name for f in pretraining.iterdir()}
+    assert {"progress.png", "reconstruction.png", "metrics.jsonl", "encoders_nnunet.pth"} <= names
+    assert not [name for name in names if name.startswith(".partial")]
+
+
+def test_unlabelled_studies_only(phantoms, folders, monkeypatch):
+    """A dataset without a label is planned and pretrained; nnU-Net's planner could not."""
+    source, raw = phantoms.raw / "Dataset008_Phantom", make_raw(folders)
+    shutil.copytree(source / "imagesTr", raw / "imagesPt")
+    shutil.copy(source / "dataset.json", raw)
+    arguments = "-d 3 -np 1 -preset vit_tiny --set wholebody.grid=[16,32,48] token_patch=[8,16,16] pretrain.epochs=1"
+    monkeypatch.setattr(sys, "argv", ["plan", *arguments.split()])
+    plan_and_preprocess.main()
+    monkeypatch.setattr(sys, "argv", ["pretrain", "-d", "3", "-device", "cpu", "--set", "pretrain.workers=0"])
+    pretrain.main()
+    assert list((folders / "results").glob("Dataset003_Toy/FratMAEPretraining*/encoders.safetensors"))
+
+
+def test_the_fold_that_is_left_out_is_nnunets(phantoms):
+    """-f leaves out exactly the cases that nnU-Net validates on; the split is nnU-Net's own."""
+    out = phantoms.folder / "fold"
+    output = phantoms.run(f"fratmae_pretrain -d 7 -device cpu -f 0 -o {out} --set pretrain.epochs=1 pretrain.workers=0")
+    splits = json.loads((phantoms.preprocessed / "Dataset007_Phantom" / "splits_final.json").read_text())
+    assert len(splits) == 5
+    contract = json.loads((out / "encoders.json").read_text())
+    assert contract["datasets"][0]["cases"] == len(splits[0]["train"]) == 6 - len(splits[0]["val"])
+    assert "cases to train" in output

@@ -1,0 +1,151 @@
+"""Stock nnU-Net commands, verbatim, on its own plans and on ours: train, go on, validate, predict, move the model."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import SimpleITK as sitk
+
+from tests.conftest import Workspace
+
+STOCK = "nnUNetv2_train 7 3d_fullres 0 -tr FratMAETrainer -device cpu"
+OURS = "nnUNetv2_train 7 3d_fullres 0 -tr FratMAETrainer -p FratMAEPlans -device cpu"
+
+
+def results(workspace: Workspace, plans: str):
+    return workspace.results / "Dataset007_Phantom" / f"FratMAETrainer__{plans}__3d_fullres"
+
+
+@pytest.fixture(scope="module")
+def trained_on_ours(phantoms, pretraining) -> str:
+    return phantoms.run(OURS, FRATMAE_PRETRAINED=str(pretraining))
+
+
+@pytest.fixture(scope="module")
+def trained_on_stock_plans(phantoms, pretraining) -> str:
+    """Stock planning, untouched but for a short training."""
+    phantoms.run("nnUNetv2_plan_and_preprocess -d 7 -c 3d_fullres -np 2 --verify_dataset_integrity")
+    path = phantoms.preprocessed / "Dataset007_Phantom" / "nnUNetPlans.json"
+    plans = json.loads(path.read_text())
+    finetune = {"epochs": 1, "iterations": 2, "val_iterations": 1, "batch_size": 2, "patch": [16, 32, 48]}
+    path.write_text(json.dumps(plans | {"fratmae": {"finetune": finetune}}))
+    return phantoms.run(STOCK, FRATMAE_PRETRAINED=str(pretraining))
+
+
+def test_log_says_what_was_loaded(trained_on_ours):
+    assert "CT encoder: 150 tensors loaded, 0 missing, 0 left over" in trained_on_ours
+    assert "PET encoder: 150 tensors loaded, 0 missing, 0 left over" in trained_on_ours
+    assert "FROM SCRATCH" not in trained_on_ours
+
+
+def test_stock_plans_follow_the_artefact_and_keep_their_axes(trained_on_stock_plans, phantoms):
+    assert "0 missing, 0 left over" in trained_on_stock_plans
+    plans = json.loads((results(phantoms, "nnUNetPlans") / "plans.json").read_text())
+    config = plans["configurations"]["3d_fullres"]
+    kwargs = config["architecture"]["arch_kwargs"]
+    assert (kwargs["embed_dim"], kwargs["token_patch"], kwargs["patch_size"]) == (192, [8, 16, 16], [16, 32, 48])
+    assert plans["transpose_forward"] == [0, 1, 2] and config["patch_size"] == [48, 16, 32]  # SI, AP, LR
+    assert kwargs["scale"] != [1.0, 1.0], "stock normalisation is undone by the affine"
+
+
+def test_from_scratch_is_said_loudly(phantoms):
+    shutil.rmtree(results(phantoms, "FratMAEPlans"), ignore_errors=True)
+    output = phantoms.run(OURS + " --disable_checkpointing")
+    assert "NO pretrained encoders, training FROM SCRATCH" in output
+    shutil.rmtree(results(phantoms, "FratMAEPlans"))
+
+
+def test_going_on_and_validating_need_no_artefact(trained_on_stock_plans, phantoms):
+    """--val and --c restore the network of the checkpoint though the artefact is gone and the plans say ViT-B."""
+    for flag in ("--val", "--c"):
+        output = phantoms.run(f"{STOCK} {flag}", FRATMAE_PRETRAINED="/nowhere")
+        assert "Mean Validation Dice" in output
+
+
+def reoriented(image: sitk.Image, how: str) -> sitk.Image:
+    """The same study in space, stored otherwise."""
+    if how == "y flipped":
+        return sitk.Flip(image, [False, True, False])
+    if how == "x and z flipped":
+        return sitk.Flip(image, [True, False, True])
+    if how == "axes permuted":
+        return sitk.PermuteAxes(image, [2, 0, 1])
+    return image
+
+
+ORIENTATIONS = ["identity", "y flipped", "x and z flipped", "axes permuted"]
+
+
+@pytest.mark.parametrize("plans", ["nnUNetPlans", "FratMAEPlans"])
+def test_orientation_of_the_file_does_not_matter(plans, phantoms, trained_on_ours, trained_on_stock_plans, tmp_path):
+    """One study stored in four orientations: the same lesions at the same place in space."""
+    if not results(phantoms, plans).exists():
+        phantoms.run(OURS, FRATMAE_PRETRAINED=str(phantoms.folder / "pretraining"))
+    images = phantoms.raw / "Dataset008_Phantom" / "imagesTr"
+    (tmp_path / "in").mkdir()
+    for how in ORIENTATIONS:
+        for channel in ("0000", "0001"):
+            image = sitk.ReadImage(str(images / f"phantom_000_{channel}.nii.gz"))
+            sitk.WriteImage(reoriented(image, how), str(tmp_path / "in" / f"{how.replace(' ', '-')}_{channel}.nii.gz"))
+    phantoms.run(f"nnUNetv2_predict -d 7 -i {tmp_path}/in -o {tmp_path}/out -c 3d_fullres -f 0 -tr FratMAETrainer "
+                 f"-p {plans} -device cpu --save_probabilities --disable_tta -npp 1 -nps 1")  # fmt: skip
+    reference = sitk.ReadImage(str(tmp_path / "out" / "identity.nii.gz"))
+    expected = np.load(tmp_path / "out" / "identity.npz")["probabilities"]
+    for how in ORIENTATIONS[1:]:
+        name = how.replace(" ", "-")
+        image = sitk.ReadImage(str(tmp_path / "out" / f"{name}.nii.gz"))
+        stored = sitk.ReadImage(str(tmp_path / "in" / f"{name}_0001.nii.gz"))
+        assert image.GetDirection() == stored.GetDirection() and image.GetSize() == stored.GetSize()
+        np.testing.assert_allclose(np.load(tmp_path / "out" / f"{name}.npz")["probabilities"], expected, atol=1e-5)
+        back = sitk.Resample(image, reference, sitk.Transform(), sitk.sitkNearestNeighbor, 255)
+        a, b = sitk.GetArrayFromImage(back), sitk.GetArrayFromImage(reference)
+        assert not (a == 255).any()
+        assert 2 * (a & b).sum() >= 0.999 * (a.sum() + b.sum())
+    assert np.ptp(expected) > 0.01, "the network says something"
+
+
+def test_a_moved_model_predicts_without_our_variables(trained_on_stock_plans, phantoms, tmp_path):
+    moved = tmp_path / "elsewhere"
+    shutil.copytree(results(phantoms, "nnUNetPlans"), moved)
+    images = phantoms.raw / "Dataset008_Phantom" / "imagesTr"
+    elsewhere = {f"nnUNet_{name}": "" for name in ("raw", "preprocessed", "results")}
+    phantoms.run(f"nnUNetv2_predict_from_modelfolder -i {images} -o {tmp_path}/out -m {moved} -f 0 -device cpu "
+                 "--disable_tta -npp 1 -nps 1", **elsewhere)  # fmt: skip
+    assert len(list((tmp_path / "out").glob("*.nii.gz"))) == 2
+
+
+def test_mirroring_at_test_time_is_left_right_only(trained_on_stock_plans, phantoms):
+    import torch
+
+    path = results(phantoms, "nnUNetPlans") / "fold_0" / "checkpoint_final.pth"
+    checkpoint = torch.load(path, weights_only=False)
+    assert checkpoint["inference_allowed_mirroring_axes"] == (2,)  # SI, AP, LR
+
+
+@pytest.mark.parametrize(
+    "command, variables, says",
+    [
+        (STOCK.replace(" 0 ", " 1 "), {"FRATMAE_PRETRAINED": "/nowhere"}, "/nowhere"),
+        (STOCK.replace("3d_fullres", "2d").replace(" 0 ", " 1 "), {}, "use 3d_fullres"),
+    ],
+)
+def test_errors_of_the_trainer_are_one_line(command, variables, says, phantoms, trained_on_stock_plans):
+    output = phantoms.run(command, expect=1, **variables)
+    assert says in output.strip().splitlines()[-1] and "Traceback" not in output
+    assert not list(phantoms.results.glob("*/*/fold_1"))
+
+
+def test_unusable_artefacts_stop_the_training_in_one_line(phantoms, pretraining, tmp_path):
+    cut = tmp_path / "cut"
+    shutil.copytree(pretraining, cut)
+    weights = cut / "encoders.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000_000])
+    other = tmp_path / "other"
+    shutil.copytree(pretraining, other)
+    contract = json.loads((other / "encoders.json").read_text())
+    (other / "encoders.json").write_text(json.dumps(contract | {"architecture": "PlainConvUNet"}))
+    for artefact, says in ((cut, "damaged or cut off"), (other, "no FratMAE encoder pair")):
+        output = phantoms.run(OURS.replace(" 0 ", " 1 "), expect=1, FRATMAE_PRETRAINED=str(artefact))
+        assert says in output.strip().splitlines()[-1] and "Traceback" not in output
+    assert not list(phantoms.results.glob("*/*/fold_1"))

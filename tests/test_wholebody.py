@@ -1,0 +1,101 @@
+"""The whole-body grid: resizing, the store on disk and the patches read from it."""
+
+import json
+
+import blosc2
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from plans.units import PRETRAINING_UNITS
+from plans.wholebody import resize_to_grid
+from pretraining.data import Case, EpochBatches, WholeBodyPatches, list_cases
+
+
+def test_resizing_averages_and_keeps_place_and_mean():
+    """Shrinking by whole factors keeps the mean of a smooth volume; a hot voxel is spread, not lost."""
+    volume = np.zeros((1, 12, 20, 32), dtype=np.float32)
+    volume[0, 5, 11, 22] = 100.0
+    small = resize_to_grid(volume, (6, 10, 8))
+    assert small.shape == (1, 6, 10, 8)
+    assert small.sum() * (2 * 2 * 4) == pytest.approx(100.0, rel=0.05)
+    centre = [np.average(np.arange(n), weights=small[0].sum(axis=tuple(a for a in range(3) if a != i)))
+              for i, n in enumerate(small.shape[1:])]  # fmt: skip
+    expected = [(v + 0.5) / f - 0.5 for v, f in zip((5, 11, 22), (2, 2, 4), strict=True)]
+    np.testing.assert_allclose(centre, expected, atol=0.15)
+
+
+@settings(deadline=None, max_examples=20)
+@given(st.tuples(st.integers(3, 20), st.integers(3, 20), st.integers(3, 20)), st.floats(-3, 3))
+def test_resizing_keeps_a_constant(shape, value):
+    np.testing.assert_allclose(resize_to_grid(np.full((2, *shape), value, np.float32), (5, 7, 9)), value, atol=1e-5)
+
+
+def test_resizing_labels_invents_none():
+    labels = np.random.default_rng(0).choice([-1, 0, 3], size=(1, 9, 11, 13)).astype(np.int8)
+    assert set(np.unique(resize_to_grid(labels, (4, 16, 6), is_labels=True))) <= {-1, 0, 3}
+
+
+def write_volume(path, shape=(2, 16, 12, 20)) -> np.ndarray:
+    """A store file in which every voxel tells where it is."""
+    volume = np.arange(np.prod(shape), dtype=np.float32).reshape(shape)
+    blosc2.asarray(volume, urlpath=str(path), chunks=(1, 1, *shape[2:]), blocks=(1, 1, *shape[2:]))
+    return volume
+
+
+@pytest.mark.parametrize("k", [1, 2, 3])
+def test_a_patch_takes_every_kth_neighbouring_coronal_slice(tmp_path, k):
+    volume = write_volume(tmp_path / "a.b2nd")
+    patches = WholeBodyPatches([Case(tmp_path / "a.b2nd", "a", (1, 0))], (4, 12, 10), k, 1, seed=3, augment=True)
+    firsts, mirrored = set(), 0
+    for epoch in range(60):
+        patch = patches[epoch, 0].numpy()
+        straight = patch[:, :, 0, 0] < patch[:, :, -1, 0]
+        mirrored += not straight.all()
+        patch = patch if straight.all() else patch[:, :, ::-1]
+        h, d = np.argwhere(volume[1] == patch[0, 0, 0, 0])[0][[0, 2]]
+        firsts.add(int(h))
+        expected = volume[[1, 0]][:, h : h + 4 * k : k, :, d : d + 10]  # PET is channel 0 here
+        np.testing.assert_array_equal(patch, expected)
+    assert firsts == set(range(16 - (4 - 1) * k)) if k < 3 else len(firsts) > 3
+    assert 10 < mirrored < 50
+
+
+def test_patches_depend_on_seed_epoch_and_index_alone(tmp_path):
+    write_volume(tmp_path / "a.b2nd")
+    cases = [Case(tmp_path / "a.b2nd", "a", (0, 1))] * 2
+
+    def patch(seed, epoch, index):
+        return WholeBodyPatches(cases, (4, 8, 10), 2, 3, seed, augment=True)[epoch, index].numpy().tobytes()
+
+    assert patch(0, 1, 2) == patch(0, 1, 2)
+    assert len({patch(s, e, i) for s in (0, 1) for e in (0, 1) for i in (0, 1, 2)}) > 8
+
+
+@given(st.integers(1, 40), st.integers(1, 12), st.integers(0, 3))
+def test_an_epoch_visits_every_sample_in_full_batches(samples, batch_size, epoch):
+    batches = EpochBatches(samples, batch_size, seed=0)
+    batches.epoch = epoch
+    drawn = list(batches)
+    assert len(drawn) == len(batches) and all(len(b) == batch_size for b in drawn)
+    assert {i for b in drawn for _, i in b} == set(range(samples)) and {e for b in drawn for e, _ in b} == {epoch}
+
+
+def test_store_of_the_phantoms(phantoms):
+    """Every study is there, on the grid, in pretraining units, and the axes are H W D = AP LR SI."""
+    preprocessed = phantoms.preprocessed / "Dataset007_Phantom"
+    plans = json.loads((preprocessed / "FratMAEPlans.json").read_text())
+    cases = list_cases(preprocessed, plans, json.loads((preprocessed / "dataset.json").read_text()))
+    assert len(cases) == 6
+    volume = blosc2.open(str(cases[0].path))
+    assert volume.shape == (2, 32, 48, 64) and volume.chunks == (1, 1, 48, 64) and volume.dtype == np.float16
+    ct, pet = volume[0].astype(float), volume[1].astype(float)
+    units = PRETRAINING_UNITS
+    assert ct.min() == pytest.approx((-1024 - units["CT"].mean) / units["CT"].std, abs=0.05)
+    suv = pet * units["PET"].std + units["PET"].mean
+    assert suv.min() == pytest.approx(0, abs=0.01) and 3 < suv.max() <= 25.1
+    body = ct * units["CT"].std + units["CT"].mean > -300
+    extent = [np.ptp(np.flatnonzero(body.any(axis=tuple(a for a in range(3) if a != i)))) + 1 for i in range(3)]
+    assert extent[2] >= 62, "the body spans the grid from the thighs to the head along D"
+    assert suv[:, :, 48:].max() > 0 and body[:, :, :16].any()
