@@ -81,10 +81,18 @@ def extend_plans(
 
 
 def follow_artefact(settings: Settings, contract: Contract) -> Settings:
-    """Settings whose preset and token patch are the artefact's; sizes that no longer fit are chosen anew."""
+    """Settings whose preset and token patch are the artefact's; patches of other than whole tokens are chosen anew."""
     if (settings.preset, settings.token_patch) == (contract.preset, contract.token_patch):
         return settings
-    finetune, wholebody = replace(settings.finetune, patch=None), replace(settings.wholebody, patch=None)
+
+    def whole_tokens(patch: Sequence[int] | None) -> bool:
+        return patch is not None and all(p % t == 0 for p, t in zip(patch, contract.token_patch, strict=True))
+
+    finetune, wholebody = settings.finetune, settings.wholebody
+    if not whole_tokens(finetune.patch):
+        finetune = replace(finetune, patch=None)
+    if not whole_tokens(wholebody.patch):
+        wholebody = replace(wholebody, patch=None)
     return replace(
         settings, preset=contract.preset, token_patch=contract.token_patch, finetune=finetune, wholebody=wholebody
     )

@@ -98,6 +98,8 @@ def test_preset_and_token_patch_follow_the_artefact():
     settings = choose_sizes(Settings(finetune=Finetune(patch=(8, 48, 16))), (40, 60, 80))
     followed = follow_artefact(settings, contract(preset="vit_tiny", token_patch=(8, 16, 16)))
     assert (followed.preset, followed.token_patch) == ("vit_tiny", (8, 16, 16))
+    assert followed.finetune.patch == (8, 48, 16), "still whole tokens, so the user's patch stays"
+    assert follow_artefact(settings, contract(token_patch=(16, 16, 16))).finetune.patch is None
     same = choose_sizes(followed, (40, 60, 80))
     assert follow_artefact(same, contract(preset="vit_tiny", token_patch=(8, 16, 16))) is same
 

@@ -34,8 +34,8 @@ def trained_on_stock_plans(phantoms, pretraining) -> str:
 
 
 def test_log_says_what_was_loaded(trained_on_ours):
-    assert "CT encoder: 150 tensors loaded, 0 missing, 0 left over" in trained_on_ours
-    assert "PET encoder: 150 tensors loaded, 0 missing, 0 left over" in trained_on_ours
+    assert "CT encoder: 149 tensors loaded, 0 missing, 0 left over" in trained_on_ours
+    assert "PET encoder: 149 tensors loaded, 0 missing, 0 left over" in trained_on_ours
     assert "FROM SCRATCH" not in trained_on_ours
 
 
@@ -50,10 +50,8 @@ def test_stock_plans_follow_the_artefact_and_keep_their_axes(trained_on_stock_pl
 
 
 def test_from_scratch_is_said_loudly(phantoms):
-    shutil.rmtree(results(phantoms, "FratMAEPlans"), ignore_errors=True)
-    output = phantoms.run(OURS + " --disable_checkpointing")
+    output = phantoms.run(OURS.replace(" 0 ", " 2 ") + " --disable_checkpointing")
     assert "NO pretrained encoders, training FROM SCRATCH" in output
-    shutil.rmtree(results(phantoms, "FratMAEPlans"))
 
 
 def test_going_on_and_validating_need_no_artefact(trained_on_stock_plans, phantoms):
@@ -80,8 +78,6 @@ ORIENTATIONS = ["identity", "y flipped", "x and z flipped", "axes permuted"]
 @pytest.mark.parametrize("plans", ["nnUNetPlans", "FratMAEPlans"])
 def test_orientation_of_the_file_does_not_matter(plans, phantoms, trained_on_ours, trained_on_stock_plans, tmp_path):
     """One study stored in four orientations: the same lesions at the same place in space."""
-    if not results(phantoms, plans).exists():
-        phantoms.run(OURS, FRATMAE_PRETRAINED=str(phantoms.folder / "pretraining"))
     images = phantoms.raw / "Dataset008_Phantom" / "imagesTr"
     (tmp_path / "in").mkdir()
     for how in ORIENTATIONS:
