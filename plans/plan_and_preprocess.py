@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import io
 import json
 import os
 from pathlib import Path
@@ -73,7 +74,7 @@ def plan_and_preprocess(raw: Path, settings: Settings, processes: int) -> None:
 
 def _quiet() -> contextlib.AbstractContextManager:
     """Hide nnU-Net's printing of whole plans; its progress bars (on stderr) stay."""
-    return contextlib.redirect_stdout(open(os.devnull, "w"))
+    return contextlib.redirect_stdout(io.StringIO())
 
 
 def _summary(preprocessed: Path, plans: dict, dataset_id: int, labelled: int) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import os
+import io
 from typing import Any
 
 import numpy as np
@@ -39,7 +39,7 @@ class FratMAEPlanner(ExperimentPlanner):
 
     def plan_experiment(self) -> dict[str, Any]:
         """nnU-Net's planning without its printing; the plans are in plans.json and in `self.plans`."""
-        with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+        with contextlib.redirect_stdout(io.StringIO()):
             super().plan_experiment()
         return self.plans
 

@@ -1,9 +1,9 @@
 """What each organ looks like: one row a organ with its CT value and its uptake of each tracer.
 
-CT values are those of an unenhanced CT at 120 kV. Uptake ranges (mean SUVbw, g/ml, one hour after injection) follow
-the literature: 18F-FDG: Boellaard et al. 2015 (EANM guideline), Ramos et al. 2001, Zincirkeser et al. 2007;
-68Ga-PSMA-11: Prasad et al. 2016, Demirci et al. 2016; 18F-PSMA-1007: Giesel et al. 2017 (the liver clears it, so the
-liver and the gallbladder are hot and the bladder is not).
+CT values are those of an unenhanced CT at 120 kV. Uptake ranges (mean SUVbw, g/ml, one hour after injection) are what
+a reader of such scans expects of each tracer, chosen by us to be plausible and not fitted to patients: 18F-FDG;
+68Ga-PSMA-11, which the kidneys clear; 18F-PSMA-1007, which the liver clears, so that the liver and the gallbladder are
+hot and the bladder is not.
 """
 
 from __future__ import annotations
