@@ -77,8 +77,8 @@ def load_encoders(pretrained: str | Path, encoders: nn.ModuleDict) -> list[str]:
         f"  {contract.method}, {contract.preset}, token patch {list(contract.token_patch)}, {contract.epochs} epochs "
         f"on {seen}",
         *(
-            f"  {modality} encoder: {sum(name.startswith(modality) for name in weights)} tensors loaded, "
-            "0 missing, 0 left over"
+            f"  {modality} encoder: {sum(name.startswith(modality) for name in weights)} tensors loaded, 0 missing, "
+            f"0 left over (cls_token, patch_embed, blocks.0 to blocks.{contract.depth - 1}, norm)"
             for modality in encoders
         ),
     ]

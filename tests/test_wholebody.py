@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from nnUNet_raw_conversion.command import UserError
 from plans.units import PRETRAINING_UNITS
-from plans.wholebody import resize_to_grid
+from plans.wholebody import list_studies, resize_to_grid
 from pretraining.data import Case, EpochBatches, WholeBodyPatches, list_cases
 
 
@@ -80,6 +81,23 @@ def test_an_epoch_visits_every_sample_in_full_batches(samples, batch_size, epoch
     drawn = list(batches)
     assert len(drawn) == len(batches) and all(len(b) == batch_size for b in drawn)
     assert {i for b in drawn for _, i in b} == set(range(samples)) and {e for b in drawn for e, _ in b} == {epoch}
+
+
+def test_studies_are_listed_with_and_without_labels(tmp_path):
+    dataset_json = {"channel_names": {"0": "CT", "1": "CT"}, "file_ending": ".nii.gz"}
+    for folder, names in (
+        ("imagesTr", ["a_0000", "a_0001"]), ("labelsTr", ["a"]), ("imagesPt", ["b_0000", "b_0001", "c_0000", "c_0001"]),
+    ):  # fmt: skip
+        (tmp_path / folder).mkdir()
+        for name in names:
+            (tmp_path / folder / f"{name}.nii.gz").touch()
+    studies = list_studies(tmp_path, dataset_json)
+    assert {case: labels is not None for case, (_, labels) in studies.items()} == {"a": True, "b": False, "c": False}
+    assert all(len(images) == 2 for images, _ in studies.values())
+    for channel in ("0000", "0001"):
+        (tmp_path / "imagesPt" / f"a_{channel}.nii.gz").touch()
+    with pytest.raises(UserError, match="case a is in imagesTr and in imagesPt"):
+        list_studies(tmp_path, dataset_json)
 
 
 def test_store_of_the_phantoms(phantoms):
