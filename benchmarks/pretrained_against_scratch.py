@@ -27,8 +27,8 @@ from nnunet_fratmae.evaluation import THRESHOLD, dice, threshold_mask
 DATASET_ID = 903
 # A budget for two CPU cores, the same for both arms
 SETTINGS = [
-    "finetune.batch_size=2", "finetune.epochs=10", "finetune.iterations=60", "finetune.val_iterations=4",
-    "finetune.learning_rate=5e-4", "pretrain.epochs=40", "pretrain.patches_per_case=4", "pretrain.batch_size=8",
+    "finetune.batch_size=2", "finetune.epochs=8", "finetune.iterations=60", "finetune.val_iterations=4",
+    "finetune.learning_rate=5e-4", "pretrain.epochs=25", "pretrain.patches_per_case=4", "pretrain.batch_size=8",
     "pretrain.learning_rate=5e-4",
 ]  # fmt: skip
 

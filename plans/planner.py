@@ -46,7 +46,9 @@ class FratMAEPlanner(ExperimentPlanner):
     def save_plans(self, plans: dict[str, Any]) -> None:
         if "3d_fullres" not in plans["configurations"]:
             raise UserError(f"{self.raw_dataset_folder}: the images are 2D; FratMAE needs whole-body volumes")
-        plans["configurations"] = {"3d_fullres": plans["configurations"]["3d_fullres"]}
+        # nnU-Net sets batch_dice where it also plans a lowres stage. Lesions are few in whole bodies: over single
+        # patches, Dice would not punish what is found where there is nothing.
+        plans["configurations"] = {"3d_fullres": {**plans["configurations"]["3d_fullres"], "batch_dice": True}}
         self.plans = finish_plans(plans, self.dataset_json, self.settings)
         super().save_plans(self.plans)
 
@@ -88,6 +90,7 @@ def plan_unlabelled(
         "spacing": [float(n) for n in np.median(spacings, 0)],
         "normalization_schemes": ["CTNormalization"] * len(MODALITIES),
         "use_mask_for_norm": [False] * len(MODALITIES),
+        "batch_dice": True,
     }
     plans = {
         "dataset_name": dataset_name,

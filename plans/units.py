@@ -10,7 +10,10 @@ MODALITIES = ("CT", "PET")
 
 @dataclass(frozen=True)
 class Units:
-    """Clip to [lower, upper] in `unit`, then (value - mean) / std."""
+    """Clip to [lower, upper] in `unit`, then (value - mean) / std.
+
+    The mean is that of air, not of bodies: nnU-Net pads small images and rotated corners with 0.
+    """
 
     unit: str
     lower: float
@@ -21,8 +24,8 @@ class Units:
 
 # The one place of these constants; why these: docs/decisions.md, "Pretraining units".
 PRETRAINING_UNITS = {
-    "CT": Units("HU", lower=-1024.0, upper=1500.0, mean=-500.0, std=500.0),
-    "PET": Units("SUVbw", lower=0.0, upper=25.0, mean=1.0, std=2.0),
+    "CT": Units("HU", lower=-1024.0, upper=1500.0, mean=-1024.0, std=500.0),
+    "PET": Units("SUVbw", lower=0.0, upper=25.0, mean=0.0, std=2.0),
 }
 
 

@@ -42,6 +42,7 @@ def plot_progress(history: list[dict[str, Any]], path: Path) -> None:
     right.plot(epochs, [row["learning_rate"] for row in history], color="black")
     right.set(xlabel="epoch", ylabel="learning rate")
     right.grid(alpha=0.3)
+    figure.tight_layout()
     save_figure(figure, path)
 
 
