@@ -1,6 +1,6 @@
 # Two commands do everything on a machine with git, make and Python >= 3.10: `make demo` and `make test`.
 PYTHON ?= python3
-VENV := .venv
+VENV ?= .venv
 INSTALLED := $(VENV)/.installed
 
 .PHONY: demo test lint clean
@@ -10,7 +10,7 @@ demo: $(INSTALLED)
 
 test: $(INSTALLED)
 	$(VENV)/bin/python -m ruff check .
-	$(VENV)/bin/python -m pytest -m "not slow"
+	$(VENV)/bin/python -m pytest
 
 # Made anew only when the dependencies change, so that the second time needs no network
 $(INSTALLED): setup.py pyproject.toml

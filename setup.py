@@ -69,7 +69,7 @@ setup(
         "matplotlib",
         "nibabel",
     ],
-    extras_require={"test": ["pytest", "hypothesis", "ruff", "setuptools", "wheel"], "bench": ["psutil"]},
+    extras_require={"test": ["pytest", "hypothesis", "ruff", "setuptools", "wheel"], "bench": []},
     entry_points={
         "console_scripts": [
             "fratmae_convert_pairs = nnUNet_raw_conversion.pairs:main",

@@ -19,8 +19,9 @@ import torch
 from nnunet_fratmae.networks.unetr import FratMAEUNETR
 from plans.extension import PAPER_PATCH, PAPER_TOKEN
 from plans.settings import Settings, WholeBody
+from plans.units import MODALITIES
 from pretraining.engine import build_model, draw_mask, parameter_groups
-from pretraining.fratmae import MODALITIES, reconstruction_loss
+from pretraining.fratmae import reconstruction_loss
 
 
 def pretraining_step(preset: str, batch: int, device: str) -> dict[str, float]:

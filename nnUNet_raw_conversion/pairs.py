@@ -54,11 +54,12 @@ def find_cases(source: Path, ct: str, pet: str, seg: str | None, unlabelled: boo
     folders = sorted(p for p in source.iterdir() if p.is_dir() and not p.name.startswith("."))
     if not folders:
         raise UserError(f"-i {source}: has no sub-folders; put the files of every case in a folder of its name")
-    wrong = [p.name for p in folders if not re.fullmatch(r"[A-Za-z0-9_.-]+", p.name) or p.name.endswith("_0000")]
+    ends = ("_0000", "_seg")  # which nnU-Net takes for parts of other files' names
+    wrong = [p.name for p in folders if not re.fullmatch(r"[A-Za-z0-9_.-]+", p.name) or p.name.endswith(ends)]
     if wrong:
         raise UserError(
             f"-i {source}: rename the folder {wrong[0]!r} ({len(wrong)} such): a case name has only letters, digits, "
-            "'_', '.' and '-', and does not end in _0000"
+            "'_', '.' and '-', and not _0000 or _seg at its end"
         )
     cases = []
     for folder in folders:

@@ -98,6 +98,8 @@ def summarise(folder: Path) -> None:
 def main(folder: Path) -> None:
     """Run everything below `folder`, which is made anew."""
     start = time.monotonic()
+    if folder.exists() and any(folder.iterdir()) and not (folder / "logs").is_dir():
+        raise UserError(f"{folder} holds something else than an earlier demo; name another folder")
     shutil.rmtree(folder, ignore_errors=True)
     paths = {f"nnUNet_{name}": str(folder / name) for name in ("raw", "preprocessed", "results")}
     for path in (*paths.values(), folder / "logs"):

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 from pathlib import Path
@@ -20,7 +21,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from nnunet_fratmae.artefact import check_artefact, load_encoders
 from nnUNet_raw_conversion.command import UserError
-from plans.extension import extend_plans, follow_artefact, is_fratmae
+from plans.extension import extend_plans, follow_artefact
 from plans.settings import Settings
 
 PRETRAINED_VARIABLE = "FRATMAE_PRETRAINED"
@@ -33,7 +34,8 @@ class FratMAETrainer(nnUNetTrainer):
 
     On plain nnU-Net plans it extends them in memory (plans/extension.py). The pretrained encoders come from
     `fratmae.pretrained` in the plans, else the environment variable FRATMAE_PRETRAINED, else there are none; preset and
-    token patch follow the artefact. A user's error ends the command in one line (SystemExit), before a folder is made.
+    token patch follow the artefact. A user's error ends the command in one line (SystemExit) before a folder is made;
+    under -num_gpus, torch prints the traceback of the process it happened in as well.
     """
 
     def __init__(
@@ -47,20 +49,23 @@ class FratMAETrainer(nnUNetTrainer):
         continue_training = plans.pop("continue_training", False)
         self.notes, self.preparation_error = [], None
         try:
-            plans, self.notes = prepare_plans(plans, configuration, dataset_json)
+            prepared, self.notes = prepare_plans(plans, configuration, dataset_json)
+            check_other_folds(self._model_folder(plans, configuration), prepared, configuration, fold)
+            plans = prepared
         except UserError as error:
             # To go on or to validate takes a checkpoint, no artefact; a new training stops in `initialize`
-            if not self._has_checkpoint(plans, configuration, fold):
+            if not any(self._model_folder(plans, configuration).glob(f"fold_{fold}/checkpoint_*.pth")):
                 raise SystemExit(f"{type(self).__name__}: error: {error}") from None
             self.preparation_error = error
+            plans = {**plans, "fratmae": {}}  # those of the checkpoint take their place
         super().__init__({**plans, "continue_training": continue_training}, configuration, fold, dataset_json, device)
         self._use_finetune_settings()
 
     @classmethod
-    def _has_checkpoint(cls, plans: dict[str, Any], configuration: str, fold: int) -> bool:
+    def _model_folder(cls, plans: dict[str, Any], configuration: str) -> Path:
+        """Where nnU-Net keeps the folds of this model."""
         model = f"{cls.__name__}__{plans['plans_name']}__{configuration}"
-        folder = Path(os.environ.get("nnUNet_results") or os.devnull) / plans["dataset_name"] / model / f"fold_{fold}"
-        return any(folder.glob("checkpoint_*.pth"))
+        return Path(os.environ.get("nnUNet_results") or os.devnull) / plans["dataset_name"] / model
 
     def _use_finetune_settings(self) -> None:
         self.settings = Settings.from_json(self.plans_manager.plans.get("fratmae", {}))
@@ -149,15 +154,15 @@ def prepare_plans(
     Raises:
         UserError: a configuration or channels that FratMAE cannot train, or an artefact that cannot be used.
     """
-    planned = plans["configurations"].get(configuration, {})
     settings = Settings.from_json(plans.get("fratmae", {}))
     pretrained, source = settings.pretrained, 'plans.json, "fratmae.pretrained"'
     if pretrained is None:
         pretrained, source = os.environ.get(PRETRAINED_VARIABLE) or None, f"environment variable {PRETRAINED_VARIABLE}"
     notes = []
     if pretrained is None:
-        notes.append("########## FratMAE: NO pretrained encoders, training FROM SCRATCH "
-                     f"(set {PRETRAINED_VARIABLE} or fratmae.pretrained in the plans) ##########")  # fmt: skip
+        notes.append("########## FratMAE: NO pretrained encoders, training FROM SCRATCH (set "
+                     f"{PRETRAINED_VARIABLE} or fratmae.pretrained in the plans, unless you gave -pretrained_weights) "
+                     "##########")  # fmt: skip
         wanted = settings
     else:
         wanted = follow_artefact(settings, check_artefact(pretrained))
@@ -165,9 +170,25 @@ def prepare_plans(
         if wanted is not settings and plans.get("fratmae"):
             notes.append(f"preset {wanted.preset} and token patch {list(wanted.token_patch)} follow the artefact; the "
                          f"plans said {settings.preset} and {list(settings.token_patch or [])}")  # fmt: skip
-    if not (is_fratmae(planned) and wanted is settings):
-        plans, warnings = extend_plans(plans, dataset_json, wanted, configuration)
-        notes += [f"WARNING: {warning}" for warning in warnings]
+    plans, warnings = extend_plans(plans, dataset_json, wanted, configuration)
+    notes += [f"WARNING: {warning}" for warning in warnings]
     if pretrained is not None:
-        plans = {**plans, "fratmae": {**plans["fratmae"], "pretrained": str(pretrained)}}
+        plans["fratmae"]["pretrained"] = str(pretrained)
     return plans, notes
+
+
+def check_other_folds(model_folder: Path, plans: dict[str, Any], configuration: str, fold: int) -> None:
+    """The folds of a model share one plans.json, so they must share the network, or the others could not predict.
+
+    Raises:
+        UserError: a trained fold other than `fold` has another architecture or patch.
+    """
+    trained = [f for f in model_folder.glob("fold_*/checkpoint_*.pth") if f.parent.name != f"fold_{fold}"]
+    if not trained or not (model_folder / "plans.json").is_file():
+        return
+    there = json.loads((model_folder / "plans.json").read_text())["configurations"].get(configuration, {})
+    mine = plans["configurations"][configuration]
+    for key in ("architecture", "patch_size"):
+        if there.get(key) != json.loads(json.dumps(mine[key])):
+            raise UserError(f"{model_folder}: {trained[0].parent.name} was trained with another {key} (other encoders "
+                            f"or none?); use the same {PRETRAINED_VARIABLE} for all folds, or move that folder")

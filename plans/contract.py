@@ -13,7 +13,7 @@ from plans.units import units_contract
 
 WEIGHTS_NAME, CONTRACT_NAME = "encoders.safetensors", "encoders.json"
 FORMAT = "fratmae-encoders-1"
-AXES = "H W D = anterior-posterior, left-right, inferior-superior"
+AXES = "H W D = to anterior, to the right, to the head"  # as nnU-Net's SimpleITKIOWithReorient reads
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,8 @@ class Contract:
     epochs: int
     datasets: list[dict[str, Any]]
     """Name, number of cases and licence of every dataset seen."""
+    left_out_fold: int | None
+    """nnU-Net fold whose validation cases were not seen; null: all cases were."""
     software: dict[str, str]
     architecture: str = "ViTEncoder"
     modalities: tuple[str, ...] = ("CT", "PET")

@@ -15,7 +15,7 @@ from typing import Any
 from nnUNet_raw_conversion.command import UserError
 from plans.contract import Contract
 from plans.settings import Settings
-from plans.units import MODALITIES, affine_to_units
+from plans.units import MODALITIES, PRETRAINING_UNITS, affine_to_units
 
 NETWORK = "nnunet_fratmae.networks.unetr.FratMAEUNETR"
 HWD_FROM_ZYX = (1, 2, 0)  # H, W, D as axes of nnU-Net's array order (z, y, x) = (SI, AP, LR)
@@ -35,6 +35,8 @@ def extend_plans(
     A configuration that already is FratMAE's keeps its patch and batch size (rounded up to whole tokens) and gets the
     architecture of `settings` anew.
 
+    The batch size is chosen for the size of the patch; the memory of the device is not looked at.
+
     Returns:
         The plans and warnings for the user, one line each.
 
@@ -43,9 +45,9 @@ def extend_plans(
     """
     plans = deepcopy(plans)
     config = _resolve(plans["configurations"], configuration)
-    if len(config["patch_size"]) != 3 or config.get("previous_stage"):
-        raise UserError(f"configuration {configuration}: FratMAE trains 3D configurations without a cascade; "
-                        "use 3d_fullres")  # fmt: skip
+    if len(config["patch_size"]) != 3 or config.get("previous_stage") or configuration == "wholebody":
+        raise UserError(f"configuration {configuration}: FratMAE trains 3D configurations at native spacing without a "
+                        "cascade; use 3d_fullres")  # fmt: skip
     axes = hwd_axes(plans["transpose_forward"])
     median = tuple(int(round(config["median_image_size_in_voxels"][axis])) for axis in axes)
     if is_fratmae(config):
@@ -56,6 +58,9 @@ def extend_plans(
     else:
         settings = choose_sizes(settings, median)
     channels, scale, shift, warnings = _channels(plans, dataset_json, config)
+    if not str(plans.get("image_reader_writer", "")).endswith("WithReorient"):
+        warnings.append(f"{plans.get('image_reader_writer')} does not look at the orientation of images; FratMAE takes "
+                        "them for axial slices from the feet up (see overwrite_image_reader_writer)")  # fmt: skip
     patch = settings.finetune.patch
     config["patch_size"] = [patch[axes.index(axis)] for axis in range(3)]
     config["batch_size"] = settings.finetune.batch_size
@@ -167,7 +172,8 @@ def find_modalities(dataset_json: dict[str, Any]) -> list[int]:
     Raises:
         UserError: the channels are not one CT and one PET.
     """
-    names = [str(name) for _, name in sorted(dataset_json["channel_names"].items(), key=lambda item: int(item[0]))]
+    channels = dataset_json.get("channel_names", dataset_json.get("modality", {}))
+    names = [str(name) for _, name in sorted(channels.items(), key=lambda item: int(item[0]))]
     named = dataset_json.get("fratmae", {}).get("modalities") or [_modality(name) for name in names]
     if named == ["CT", "CT"]:
         named = ["CT", "PET"]
@@ -179,6 +185,13 @@ def find_modalities(dataset_json: dict[str, Any]) -> list[int]:
 
 def _modality(name: str) -> str:
     return "PET" if any(word in name.upper() for word in ("PET", "PT", "SUV")) else name.upper()
+
+
+def _range_seen(modality: str, properties: dict[str, float]) -> float:
+    """Share of the pretraining range that is left by the clipping of nnU-Net's CTNormalization."""
+    units = PRETRAINING_UNITS[modality]
+    low, high = max(properties["percentile_00_5"], units.lower), min(properties["percentile_99_5"], units.upper)
+    return (high - low) / (units.upper - units.lower)
 
 
 def _channels(
@@ -193,6 +206,11 @@ def _channels(
         if affine is None:
             warnings.append(f"channel {channel} ({modality}) has {scheme}: absolute values are lost, so pretrained "
                             "encoders see other units; name the channel CT in dataset.json and plan again")  # fmt: skip
+        elif scheme == "CTNormalization" and _range_seen(modality, properties) < 0.5:
+            low, high = properties["percentile_00_5"], properties["percentile_99_5"]
+            unit = PRETRAINING_UNITS[modality].unit
+            warnings.append(f"these plans clip channel {channel} to {low:g} .. {high:g} {unit}, less than half of what "
+                            "pretraining saw; fratmae_plan_and_preprocess keeps it")  # fmt: skip
         scale.append(affine[0] if affine else 1.0)
         shift.append(affine[1] if affine else 0.0)
     return channels, scale, shift, warnings

@@ -60,7 +60,7 @@ def plan_and_preprocess(raw: Path, settings: Settings, processes: int) -> None:
     print(f"{raw.name}: {labelled} labelled and {len(studies) - labelled} unlabelled studies")
     if labelled:
         with _quiet():
-            extract_fingerprint_dataset(dataset_id, num_processes=processes, clean=False, verbose=False)
+            extract_fingerprint_dataset(dataset_id, num_processes=processes, verbose=False)
         plans = FratMAEPlanner(raw.name, settings).plan_experiment()
         with _quiet():
             preprocess_dataset(dataset_id, PLANS_NAME, ("3d_fullres",), num_processes=(processes,))

@@ -10,6 +10,8 @@ import numpy as np
 from batchgenerators.utilities.file_and_folder_operations import save_json
 from nnunetv2.experiment_planning.experiment_planners.default_experiment_planner import ExperimentPlanner
 from nnunetv2.imageio.reader_writer_registry import determine_reader_writer_from_dataset_json
+from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIOWithReorient
+from tqdm import tqdm
 
 from nnUNet_raw_conversion.command import UserError, nnunet_folder
 from plans.extension import HWD_FROM_ZYX, extend_plans, find_modalities
@@ -28,6 +30,9 @@ class FratMAEPlanner(ExperimentPlanner):
 
     def determine_transpose(self) -> tuple[list[int], list[int]]:
         return list(HWD_FROM_ZYX), [HWD_FROM_ZYX.index(axis) for axis in range(3)]
+
+    def determine_reader_writer(self) -> type:
+        return find_reader(self.dataset_json, next(iter(self.dataset.values()))["images"][0])
 
     def determine_normalization_scheme_and_whether_mask_is_used_for_norm(self) -> tuple[list[str], list[bool]]:
         return ["CTNormalization"] * len(MODALITIES), [False] * len(MODALITIES)
@@ -53,6 +58,15 @@ class FratMAEPlanner(ExperimentPlanner):
         super().save_plans(self.plans)
 
 
+def find_reader(dataset_json: dict[str, Any], example: str) -> type:
+    """The reader that dataset.json names, else the one that brings every image into one orientation (contract 1)."""
+    if "overwrite_image_reader_writer" not in dataset_json and (
+        dataset_json["file_ending"] in SimpleITKIOWithReorient.supported_file_endings
+    ):
+        return SimpleITKIOWithReorient
+    return determine_reader_writer_from_dataset_json(dataset_json, example)
+
+
 def finish_plans(plans: dict[str, Any], dataset_json: dict[str, Any], settings: Settings) -> dict[str, Any]:
     """Plans in the pretraining units, extended, with the configuration `wholebody`."""
     channels = find_modalities(dataset_json)
@@ -73,11 +87,12 @@ def plan_unlabelled(
 ) -> dict[str, Any]:
     """Plans of a dataset without a single label, for pretraining only; nnU-Net's own planner cannot make them.
 
-    Only what the whole-body store needs is there; the sizes are chosen from the shapes of the studies.
+    Only what the whole-body store needs is there; the sizes are chosen from the shapes of up to 50 studies.
     """
-    reader = determine_reader_writer_from_dataset_json(dataset_json, next(iter(studies.values()))[0][0])
+    examples = [images for images, _ in studies.values()]
+    reader = find_reader(dataset_json, examples[0][0])
     shapes, spacings = [], []
-    for images, _ in studies.values():
+    for images in tqdm(examples[:: -(-len(examples) // 50)], desc="Shapes of the studies"):
         data, properties = reader().read_images(images[:1])
         shapes.append([data.shape[1:][axis] for axis in HWD_FROM_ZYX])
         spacings.append([properties["spacing"][axis] for axis in HWD_FROM_ZYX])

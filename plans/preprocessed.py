@@ -26,7 +26,9 @@ def load_plans(preprocessed: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def validation_cases(preprocessed: Path, plans: dict[str, Any], fold: int) -> set[str]:
-    """Case ids that nnU-Net validates on in `fold`; its splits_final.json is made as nnU-Net makes it where missing.
+    """Case ids that nnU-Net validates on in `fold`, none where nothing is labelled.
+
+    splits_final.json is made as nnU-Net makes it where it is missing.
 
     Raises:
         UserError: there is no such fold.
@@ -37,6 +39,8 @@ def validation_cases(preprocessed: Path, plans: dict[str, Any], fold: int) -> se
 
         folder = preprocessed / plans["configurations"]["3d_fullres"]["data_identifier"]
         cases = sorted(f.stem for f in folder.glob("*.b2nd") if not f.stem.endswith("_seg"))
+        if not cases:
+            return set()
         if len(cases) < 5:
             raise UserError(f"-f {fold}: {preprocessed.name} has {len(cases)} labelled cases, too few for 5 folds")
         partial = path.with_name(".partial_splits_final.json")

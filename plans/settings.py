@@ -60,8 +60,9 @@ class Pretrain:
 
     epochs: int = 30
     """Passes over the training cases."""
-    patches_per_case: int = 1
-    """Patches that an epoch draws from each case; raise it where cases are few."""
+    patches_per_case: int | None = None
+    """Patches that an epoch draws from each case; null: 1 as in the paper, more where cases are so few that an epoch
+    would have less than 50 steps (the paper's has 54)."""
     batch_size: int = 24
     """Patches of an optimiser step."""
     learning_rate: float = 1e-4
@@ -82,10 +83,12 @@ class Pretrain:
     """Of the weights, the patches, the masks and the held-out cases."""
 
     def __post_init__(self) -> None:
-        require(self.epochs >= 1, "pretrain.epochs must be at least 1")
-        require(self.patches_per_case >= 1, "pretrain.patches_per_case must be at least 1")
-        require(self.batch_size >= 1, "pretrain.batch_size must be at least 1")
+        for name in ("epochs", "batch_size"):
+            require(getattr(self, name) >= 1, f"pretrain.{name} must be at least 1")
+        require((self.patches_per_case or 1) >= 1, "pretrain.patches_per_case must be at least 1")
         require(self.learning_rate > 0, "pretrain.learning_rate must be above 0")
+        require(self.weight_decay >= 0, "pretrain.weight_decay must not be negative")
+        require(self.seed >= 0, "pretrain.seed must not be negative")
         require(0 < self.mask_ratio < 1, "pretrain.mask_ratio must lie between 0 and 1")
         require(self.decoder_block in ("cross_self", "cross"), "pretrain.decoder_block must be cross_self or cross")
         require(0 <= self.held_out < 1, "pretrain.held_out must be at least 0 and below 1")
@@ -98,7 +101,8 @@ class Finetune:
     """Stage 2, lesion segmentation (paper section 2.4)."""
 
     patch: tuple[int, int, int] | None = None
-    """Voxels (H, W, D) of a training patch at native spacing; null: chosen for the data, at most 32 160 192."""
+    """Voxels (H, W, D) of a training patch at native spacing; null: chosen for the data, at most 32 160 192.
+    Once planned, patch_size and batch_size of the configuration count, as everywhere in nnU-Net."""
     batch_size: int | None = None
     """Patches of a step; null: chosen for the size of the patch."""
     epochs: int = 200
@@ -117,6 +121,7 @@ class Finetune:
         for name in ("epochs", "iterations", "val_iterations"):
             require(getattr(self, name) >= 1, f"finetune.{name} must be at least 1")
         require(self.learning_rate > 0, "finetune.learning_rate must be above 0")
+        require(self.weight_decay >= 0, "finetune.weight_decay must not be negative")
 
 
 @dataclass(frozen=True)
@@ -192,6 +197,7 @@ def _leaves(block: dict[str, Any], prefix: str = "") -> list[str]:
 
 def _build(cls: type, block: dict[str, Any], prefix: str) -> Any:
     """A dataclass from JSON, with the types of its annotations enforced and unknown keys refused."""
+    require(isinstance(block, dict), f'plans.json, "fratmae": {prefix.rstrip(".") or "the block"} must be {{...}}')
     known = {f.name: f for f in fields(cls)}
     for name in block:
         require(name in known, f'plans.json, "fratmae": unknown key {prefix}{name}; there are {", ".join(known)}')

@@ -10,6 +10,7 @@ import multiprocessing
 import shutil
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,10 @@ from torch.nn.functional import interpolate
 from tqdm import tqdm
 
 from nnUNet_raw_conversion.command import UserError
+from plans.extension import find_modalities
+from plans.units import MODALITIES, PRETRAINING_UNITS
+
+MOST_SATURATED = 0.05  # share of a study above the PET's upper limit; hot kidneys and bladder are well below 1 %
 
 
 def resize_to_grid(volume: np.ndarray, grid: Sequence[int], is_labels: bool = False) -> np.ndarray:
@@ -63,7 +68,7 @@ def list_studies(raw: Path, dataset_json: dict[str, Any]) -> dict[str, tuple[lis
     """Images and label file (None in imagesPt) of every study of a raw dataset, by case id.
 
     Raises:
-        UserError: a case id stands in imagesTr and in imagesPt.
+        UserError: a case without its CT, PET or label file, or a case id in imagesTr and in imagesPt.
     """
     labelled = get_filenames_of_train_images_and_targets(str(raw), dataset_json) if (raw / "imagesTr").is_dir() else {}
     studies = {case: (files["images"], files["label"]) for case, files in labelled.items()}
@@ -74,7 +79,28 @@ def list_studies(raw: Path, dataset_json: dict[str, Any]) -> dict[str, tuple[lis
             if case in studies:
                 raise UserError(f"{raw}: case {case} is in imagesTr and in imagesPt; remove one")
             studies[case] = (images, None)
+    for case, (images, labels) in studies.items():
+        names = sorted(Path(image).name for image in images)
+        if names != [f"{case}_{channel:04d}{ending}" for channel in range(len(MODALITIES))]:
+            raise UserError(f"{raw}: case {case} has the images {', '.join(names)}; CT and PET are needed, as "
+                            f"{case}_0000{ending} and {case}_0001{ending}")  # fmt: skip
+        if labels is not None and not Path(labels).is_file():
+            raise UserError(f"{labels} is not there; add it, or move the images of {case} to imagesPt")
     return studies
+
+
+def check_units(case: str, data: np.ndarray) -> None:
+    """See that a study in pretraining units, (2, H, W, D) CT and PET, can have been HU and SUV.
+
+    Raises:
+        UserError: values that are not finite, or a PET that lies on the upper limit, as Bq/ml does.
+    """
+    if not np.isfinite(data).all():
+        raise UserError(f"case {case}: CT or PET has NaN or infinite voxels; mend the image")
+    pet = PRETRAINING_UNITS["PET"]
+    share = float(np.mean(data[1] >= (pet.upper - pet.mean) / pet.std - 1e-3))
+    if share > MOST_SATURATED:
+        raise UserError(f"case {case}: {share:.0%} of the PET is above SUV {pet.upper:g}: Bq/ml? convert it to SUVbw")
 
 
 def write_store(
@@ -94,8 +120,14 @@ def write_store(
                 pool.submit(_write_study, partial / case, images, labels, plans, dataset_json)
                 for case, (images, labels) in studies.items()
             ]
-            for job in tqdm(as_completed(jobs), total=len(jobs), desc="Whole-body grid"):
-                job.result()
+            try:
+                for job in tqdm(as_completed(jobs), total=len(jobs), desc="Whole-body grid"):
+                    job.result()
+            finally:
+                pool.shutdown(cancel_futures=True)  # the first broken study ends it, not the last
+    except BrokenProcessPool:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise UserError("a process was killed, most likely for want of memory; try a smaller -np") from None
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
@@ -110,9 +142,13 @@ def _write_study(
     manager = PlansManager(plans)
     grid = plans["fratmae"]["wholebody"]["grid"]  # (H, W, D), which are the axes of these plans
     configuration = WholeBodyConfiguration(manager.get_configuration("wholebody").configuration, grid)
-    data, seg, properties = DefaultPreprocessor(verbose=False).run_case(
-        images, labels, manager, configuration, dataset_json
-    )
+    try:
+        data, seg, properties = DefaultPreprocessor(verbose=False).run_case(
+            images, labels, manager, configuration, dataset_json
+        )
+    except (RuntimeError, AssertionError) as error:  # how nnU-Net and ITK say that files are unreadable or do not fit
+        raise UserError(f"case {target.name}: {' '.join(str(error).split()) or 'CT and PET differ in shape'}") from None
+    check_units(target.name, data[find_modalities(dataset_json)])
     slice_chunk = (1, 1, *grid[1:])
     nnUNetDatasetBlosc2.save_case(
         data.astype(np.float16), seg, properties, str(target), chunks=slice_chunk, blocks=slice_chunk

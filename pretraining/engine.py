@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import math
 import os
+import pickle
 import platform
 import time
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -23,13 +25,15 @@ from nnUNet_raw_conversion.command import UserError
 from plans.contract import Contract
 from plans.preprocessed import PLANS_NAME
 from plans.settings import Settings
+from plans.units import MODALITIES
 from pretraining.data import Case, EpochBatches, WholeBodyPatches
-from pretraining.fratmae import MODALITIES, FratMAE, patchify, random_masking, reconstruction_loss, unpatchify
+from pretraining.fratmae import FratMAE, patchify, random_masking, reconstruction_loss, unpatchify
 from pretraining.report import plot_progress, plot_reconstruction
 
 LATEST = "checkpoint_latest.pth"
 BETAS = (0.9, 0.95)  # MAE of He et al., appendix A
 CLIP = 1.0  # of the gradient's norm
+STEPS_OF_AN_EPOCH = 50  # at least, where patches_per_case is left open; 1,292 cases in batches of 24 are 54
 
 
 def build_model(settings: Settings) -> FratMAE:
@@ -73,22 +77,41 @@ def draw_mask(shape: torch.Size, tokens: int, ratio: float, key: tuple[int, ...]
     return modality, *random_masking(shape[0], tokens, ratio, generator)
 
 
+def choose_patches(settings: Settings, cases: int) -> Settings:
+    """Settings with the patches an epoch draws of each of so many training cases, where they were left open."""
+    options = settings.pretrain
+    if options.patches_per_case is not None:
+        return settings
+    patches = max(1, math.ceil(STEPS_OF_AN_EPOCH * options.batch_size / cases))
+    return replace(settings, pretrain=replace(options, patches_per_case=patches))
+
+
 def pretrain(
-    folder: Path, settings: Settings, cases: list[Case], licences: dict[str, Any], device: str, resume: bool
+    folder: Path,
+    settings: Settings,
+    cases: list[Case],
+    licences: dict[str, Any],
+    fold: int | None,
+    device: str,
+    resume: bool,
 ) -> None:
     """Train, with a checkpoint, a curve and a picture after every epoch, and export the encoders at the end.
 
     Raises:
-        UserError: nothing to resume, a run that is there already, other settings than those of the run, a loss that
-            is not finite.
+        UserError: nothing to resume, a run that is there already, other settings or cases than those of the run, a
+            loss that is not finite.
     """
+    software = {package: version(package) for package in ("torch", "timm", "nnunetv2", "nnunet-fratmae")}
     train_cases, held_out = hold_out(cases, settings.pretrain.held_out, settings.pretrain.seed)
+    settings = choose_patches(settings, len(train_cases))
     options = settings.pretrain
-    fabric = Fabric(accelerator=device, devices=1, precision="bf16-mixed" if device == "cuda" else "32-true")
+    is_bf16 = device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    fabric = Fabric(accelerator=device, devices=1, precision="bf16-mixed" if is_bf16 else "32-true")
     fabric.launch()
     model = build_model(settings)
     optimizer = torch.optim.AdamW(parameter_groups(model, options.weight_decay), lr=options.learning_rate, betas=BETAS)
-    checkpoint = _load_checkpoint(folder, settings, resume)
+    identity = _identity(settings, train_cases, held_out)
+    checkpoint = _load_checkpoint(folder, identity, resume)
     history: list[dict[str, Any]] = []
     if checkpoint:
         model.load_state_dict(checkpoint["model"])
@@ -113,10 +136,10 @@ def pretrain(
             row |= evaluate(fabric, model, held_out, settings, folder / "reconstruction.png", epoch)
             history.append(row)
             state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "history": history}
-            _save(state | {"settings": settings.to_json()}, folder / LATEST)
+            _save(state | {"identity": identity}, folder / LATEST)
             (folder / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in history))
             plot_progress(history, folder / "progress.png")
-    _export(folder, settings, model, cases, licences)
+    _export(folder, settings, model, cases, licences, fold, software)
 
 
 def _train_epoch(
@@ -142,7 +165,7 @@ def _train_epoch(
                             f"{LATEST}; look for broken images or lower pretrain.learning_rate")  # fmt: skip
         optimizer.zero_grad(set_to_none=True)
         fabric.backward(loss)
-        fabric.clip_gradients(model, optimizer, max_norm=CLIP)
+        fabric.clip_gradients(model, optimizer, max_norm=CLIP, error_if_nonfinite=False)
         optimizer.step()
         losses[modality].append(loss.item())
         bar.update()
@@ -200,7 +223,16 @@ def _introduce(
     print(f"output: {folder}")
 
 
-def _load_checkpoint(folder: Path, settings: Settings, resume: bool) -> dict[str, Any] | None:
+def _identity(settings: Settings, train: list[Case], held_out: list[Case]) -> dict[str, Any]:
+    """What makes a run this run: all that shapes its result. The number of loading processes and the settings of
+    fine-tuning may change between a run and its resumption."""
+    block = settings.to_json()
+    block["pretrain"].pop("workers")
+    kept = {key: block[key] for key in ("preset", "token_patch", "wholebody", "pretrain")}
+    return {"settings": kept, "train": [c.name for c in train], "held_out": [c.name for c in held_out]}
+
+
+def _load_checkpoint(folder: Path, identity: dict[str, Any], resume: bool) -> dict[str, Any] | None:
     path = folder / LATEST
     if not resume:
         if path.is_file():
@@ -208,9 +240,13 @@ def _load_checkpoint(folder: Path, settings: Settings, resume: bool) -> dict[str
         return None
     if not path.is_file():
         raise UserError(f"--c: no {LATEST} in {folder}; start without --c")
-    checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    if checkpoint["settings"] != settings.to_json():
-        raise UserError(f"--c: the settings are not those of the run in {folder}; give the same -preset and --set")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, pickle.UnpicklingError, EOFError, OSError) as error:
+        raise UserError(f"{path}: cannot be read ({type(error).__name__}); the file is damaged or cut off") from error
+    for part, what in (("settings", "-preset and --set"), ("train", "-d and -f"), ("held_out", "-d and -f")):
+        if checkpoint["identity"][part] != identity[part]:
+            raise UserError(f"--c: {part.replace('_', '-')} of the run in {folder} were others; give the same {what}")
     return checkpoint
 
 
@@ -222,7 +258,13 @@ def _save(state: dict[str, Any], path: Path) -> None:
 
 
 def _export(
-    folder: Path, settings: Settings, model: nn.Module, cases: list[Case], licences: dict[str, Any]
+    folder: Path,
+    settings: Settings,
+    model: nn.Module,
+    cases: list[Case],
+    licences: dict[str, Any],
+    fold: int | None,
+    software: dict[str, str],
 ) -> None:
     names = [case.name.split("/")[0] for case in cases]
     sizes, whole = settings.sizes, settings.wholebody
@@ -231,8 +273,7 @@ def _export(
         token_patch=settings.token_patch, grid=whole.grid, patch=whole.patch, k=whole.k,
         method="fratmae_notext", text_tower=None, epochs=settings.pretrain.epochs,
         datasets=[{"name": n, "cases": names.count(n), "licence": licence} for n, licence in licences.items()],
-        software={"python": platform.python_version()}
-        | {package: version(package) for package in ("torch", "timm", "nnunetv2", "nnunet-fratmae")},
+        left_out_fold=fold, software={"python": platform.python_version()} | software,
     )  # fmt: skip
     save_artefact(folder, model.encoders, contract)
     print(f"encoders and their contract: {folder}")

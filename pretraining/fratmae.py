@@ -20,8 +20,7 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from nnunet_fratmae.networks.vit import LAYER_NORM, ViTEncoder, init_transformer, sincos_positions, token_grid
-
-MODALITIES = ("CT", "PET")
+from plans.units import MODALITIES
 
 
 def partner(modality: str) -> str:

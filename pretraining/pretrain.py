@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import replace
 from pathlib import Path
 
 from nnUNet_raw_conversion.command import UserError, find_dataset, nnunet_folder, run_command
 from plans.preprocessed import PLANS_NAME, load_plans, validation_cases
-from plans.settings import PRESETS, Settings, override
+from plans.settings import PRESETS, Settings, override, require
 
 RUN_NAME = f"FratMAEPretraining__{PLANS_NAME}__wholebody"
 
@@ -52,7 +51,7 @@ def _run(args: argparse.Namespace) -> None:
         left_out = set() if args.f is None else validation_cases(preprocessed, plans, args.f)
         cases += [c for c in list_cases(preprocessed, plans, dataset_json) if c.path.stem not in left_out]
     licences = {p.name: dataset_json.get("licence") for p, (_, dataset_json) in zip(datasets, loaded, strict=True)}
-    pretrain(folder, settings, cases, licences, args.device, args.c)
+    pretrain(folder, settings, cases, licences, args.f, args.device, args.c)
 
 
 def _default_output(dataset_ids: list[int], fold: int | None) -> Path:
@@ -71,4 +70,6 @@ def _check_grids(datasets: list[Path], all_plans: list[dict], settings: Settings
             raise UserError(f"{preprocessed.name}: its whole-body grid is {list(grid)}, not {wanted}; run "
                             f"fratmae_plan_and_preprocess -d {int(preprocessed.name[7:10])} "
                             f"--set wholebody.grid={wanted}")  # fmt: skip
-    replace(settings)  # validates patch, k and token patch together
+    for name in ("patch", "k"):
+        require(getattr(settings.wholebody, name) is not None, f"wholebody.{name} must have a value here")
+    require(settings.token_patch is not None, "token_patch must have a value here")

@@ -13,7 +13,7 @@ import pytest
 SETTINGS = [
     "token_patch=[8,16,16]", "finetune.patch=[16,32,48]", "finetune.batch_size=2", "finetune.epochs=1",
     "finetune.iterations=2", "finetune.val_iterations=1", "wholebody.grid=[32,48,64]", "pretrain.epochs=2",
-    "pretrain.batch_size=2", "pretrain.workers=0",
+    "pretrain.batch_size=2", "pretrain.workers=0", "pretrain.patches_per_case=1",
 ]  # fmt: skip
 
 

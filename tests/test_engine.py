@@ -37,13 +37,14 @@ def cases(tmp_path):
 
 
 def toy_settings(**pretrain) -> Settings:
-    options = {"epochs": 2, "batch_size": 2, "workers": 0, "held_out": 0.2, "learning_rate": 1e-2} | pretrain
+    options = {"epochs": 2, "batch_size": 2, "workers": 0, "held_out": 0.2, "learning_rate": 1e-2}
+    options |= {"patches_per_case": 1} | pretrain
     whole = WholeBody(grid=(16, 24, 40), patch=(8, 24, 40), k=2)
     return Settings(preset="vit_tiny", token_patch=(4, 8, 8), wholebody=whole, pretrain=Pretrain(**options))
 
 
 def run(folder, cases, resume=False, **pretrain):
-    engine.pretrain(folder, toy_settings(**pretrain), cases, {"Dataset001_Toy": "CC0"}, "cpu", resume)
+    engine.pretrain(folder, toy_settings(**pretrain), cases, {"Dataset001_Toy": "CC0"}, None, "cpu", resume)
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
@@ -53,6 +54,13 @@ def test_it_learns(tmp_path, cases):
     assert rows[-1]["held_out_PET"] < 0.2 and rows[-1]["held_out_CT"] < 0.2
     for picture in ("progress.png", "reconstruction.png"):
         assert (tmp_path / "out" / picture).stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("cases_there, patches", [(1292, 1), (30, 40), (1, 1200)])
+def test_few_cases_still_make_epochs_of_50_steps(cases_there, patches):
+    settings = engine.choose_patches(toy_settings(patches_per_case=None, batch_size=24), cases_there)
+    assert settings.pretrain.patches_per_case == patches
+    assert engine.choose_patches(toy_settings(patches_per_case=3), cases_there).pretrain.patches_per_case == 3
 
 
 class Killed(Exception):
@@ -87,8 +95,14 @@ def test_a_run_is_not_overwritten_and_resuming_needs_one(tmp_path, cases):
     run(tmp_path / "out", cases, epochs=1)
     with pytest.raises(UserError, match="go on with --c"):
         run(tmp_path / "out", cases, epochs=1)
-    with pytest.raises(UserError, match="settings are not those"):
+    with pytest.raises(UserError, match="settings of the run"):
         run(tmp_path / "out", cases, resume=True, epochs=1, learning_rate=5e-3)
+    with pytest.raises(UserError, match="train of the run"):
+        run(tmp_path / "out", cases[:-1], resume=True, epochs=1)
+    run(tmp_path / "out", cases, resume=True, epochs=1, workers=1)
+    (tmp_path / "out" / "checkpoint_latest.pth").write_bytes(b"cut off")
+    with pytest.raises(UserError, match="damaged"):
+        run(tmp_path / "out", cases, resume=True, epochs=1)
 
 
 def test_a_checkpoint_that_cannot_be_written_leaves_the_last_one(tmp_path, monkeypatch):

@@ -21,7 +21,7 @@ DATASET_JSON = {"channel_names": {"0": "CT", "1": "CT"}, "fratmae": {"modalities
 def stock_plans(shape_zyx=(326, 400, 380), transpose=(0, 1, 2), scheme="CTNormalization") -> dict:
     """Plans as stock nnU-Net writes them, as far as the extension reads them; shape in the array's (z, y, x)."""
     properties = {"mean": 100.0, "std": 250.0, "percentile_00_5": -800.0, "percentile_99_5": 1100.0}
-    pet = {"mean": 7.0, "std": 8.0, "percentile_00_5": 1.0, "percentile_99_5": 51.0}
+    pet = {"mean": 7.0, "std": 8.0, "percentile_00_5": 1.0, "percentile_99_5": 51.0}  # as LesionTracer's plans
     fullres = {
         "patch_size": [128, 128, 128],
         "batch_size": 2,
@@ -31,6 +31,7 @@ def stock_plans(shape_zyx=(326, 400, 380), transpose=(0, 1, 2), scheme="CTNormal
     }
     return {
         "plans_name": "nnUNetPlans",
+        "image_reader_writer": "SimpleITKIOWithReorient",
         "transpose_forward": list(transpose),
         "foreground_intensity_properties_per_channel": {"0": properties, "1": pet},
         "configurations": {"2d": {"patch_size": [256, 256]}, "3d_fullres": fullres},
@@ -104,7 +105,9 @@ def test_preset_and_token_patch_follow_the_artefact():
     assert follow_artefact(same, contract(preset="vit_tiny", token_patch=(8, 16, 16))) is same
 
 
-@pytest.mark.parametrize("configuration, extra", [("2d", {}), ("3d_cascade_fullres", {"previous_stage": "3d_lowres"})])
+@pytest.mark.parametrize(
+    "configuration, extra", [("2d", {}), ("wholebody", {}), ("3d_cascade_fullres", {"previous_stage": "3d_lowres"})]
+)
 def test_configurations_that_fratmae_cannot_train_are_refused(configuration, extra):
     plans = stock_plans()
     plans["configurations"].setdefault(configuration, {"inherits_from": "3d_fullres", **extra})
@@ -154,6 +157,15 @@ def test_zscore_warns_and_goes_on():
     assert plans["configurations"]["3d_fullres"]["architecture"]["arch_kwargs"]["scale"] == [1.0, 1.0]
 
 
+def test_plans_that_hide_much_from_the_encoders_warn():
+    plans = stock_plans()
+    plans["foreground_intensity_properties_per_channel"]["0"] |= {"percentile_00_5": -13.0, "percentile_99_5": 539.0}
+    plans["image_reader_writer"] = "SimpleITKIO"
+    _, warnings = extend_plans(plans, DATASET_JSON, Settings())
+    assert any("clip channel 0 to -13 .. 539 HU" in w for w in warnings)
+    assert any("SimpleITKIO does not look at the orientation" in w for w in warnings)
+
+
 def test_settings_survive_json():
     settings = override(Settings(), ["pretrain.epochs=3", "token_patch=[4,8,8]", "finetune.learning_rate=1"])
     assert Settings.from_json(json.loads(json.dumps(settings.to_json()))) == settings
@@ -191,7 +203,7 @@ def contract(**changes) -> Contract:
     values = {
         "preset": "vit_tiny", "embed_dim": 192, "depth": 12, "num_heads": 3, "token_patch": (4, 8, 8),
         "grid": (40, 48, 64), "patch": (32, 48, 64), "k": 1, "method": "fratmae_notext", "text_tower": None,
-        "epochs": 1, "datasets": [], "software": {},
+        "epochs": 1, "datasets": [], "left_out_fold": None, "software": {},
     }  # fmt: skip
     return Contract(**(values | changes))
 

@@ -145,3 +145,10 @@ def test_unusable_artefacts_stop_the_training_in_one_line(phantoms, pretraining,
         output = phantoms.run(OURS.replace(" 0 ", " 1 "), expect=1, FRATMAE_PRETRAINED=str(artefact))
         assert says in output.strip().splitlines()[-1] and "Traceback" not in output
     assert not list(phantoms.results.glob("*/*/fold_1"))
+
+
+def test_folds_of_one_model_share_one_network(trained_on_stock_plans, phantoms):
+    """Fold 1 from scratch would be a ViT-B, and plans.json could no longer describe fold 0."""
+    output = phantoms.run(STOCK.replace(" 0 ", " 1 "), expect=1)
+    assert "fold_0 was trained with another architecture" in output.strip().splitlines()[-1]
+    assert not list(phantoms.results.glob("*/*__nnUNetPlans__*/fold_1"))

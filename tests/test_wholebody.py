@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from nnUNet_raw_conversion.command import UserError
 from plans.units import PRETRAINING_UNITS
-from plans.wholebody import list_studies, resize_to_grid
+from plans.wholebody import check_units, list_studies, resize_to_grid
 from pretraining.data import Case, EpochBatches, WholeBodyPatches, list_cases
 
 
@@ -98,6 +98,33 @@ def test_studies_are_listed_with_and_without_labels(tmp_path):
         (tmp_path / "imagesPt" / f"a_{channel}.nii.gz").touch()
     with pytest.raises(UserError, match="case a is in imagesTr and in imagesPt"):
         list_studies(tmp_path, dataset_json)
+
+
+def test_missing_files_are_named(tmp_path):
+    dataset_json = {"channel_names": {"0": "CT", "1": "CT"}, "file_ending": ".nii.gz"}
+    (tmp_path / "imagesTr").mkdir()
+    (tmp_path / "imagesTr" / "a_0001.nii.gz").touch()
+    with pytest.raises(UserError, match="case a has the images a_0001.nii.gz; CT and PET are needed"):
+        list_studies(tmp_path, dataset_json)
+    (tmp_path / "imagesTr" / "a_0000.nii.gz").touch()
+    with pytest.raises(UserError, match="labelsTr/a.nii.gz is not there"):
+        list_studies(tmp_path, dataset_json)
+
+
+def test_studies_that_cannot_be_hu_and_suv_are_refused():
+    data = np.zeros((2, 4, 5, 6), np.float32)
+    check_units("a", data)
+    data[1, :2] = (25 - PRETRAINING_UNITS["PET"].mean) / PRETRAINING_UNITS["PET"].std
+    with pytest.raises(UserError, match="case a: 50% of the PET"):
+        check_units("a", data)
+    data[0, 0, 0, 0] = np.nan
+    with pytest.raises(UserError, match="case a: CT or PET has NaN"):
+        check_units("a", data)
+
+
+def test_padding_is_air_without_uptake():
+    """nnU-Net pads with 0, which must be air in our units."""
+    assert (PRETRAINING_UNITS["CT"].mean, PRETRAINING_UNITS["PET"].mean) == (-1024, 0)
 
 
 def test_store_of_the_phantoms(phantoms):
