@@ -71,6 +71,7 @@ class FratMAETrainer(nnUNetTrainer):
         self.settings = Settings.from_json(self.plans_manager.plans.get("fratmae", {}))
         finetune = self.settings.finetune
         self.initial_lr, self.weight_decay = finetune.learning_rate, finetune.weight_decay
+        self.oversample_foreground_percent = finetune.foreground
         self.num_epochs = finetune.epochs
         self.num_iterations_per_epoch = finetune.iterations
         self.num_val_iterations_per_epoch = finetune.val_iterations

@@ -111,6 +111,8 @@ class Finetune:
     """Training steps an epoch."""
     val_iterations: int = 50
     """Validation steps an epoch."""
+    foreground: float = 0.33
+    """Share of the training patches that are drawn around a lesion; nnU-Net's default."""
     learning_rate: float = 1e-4
     """Of AdamW, cosine to zero."""
     weight_decay: float = 0.01
@@ -122,6 +124,7 @@ class Finetune:
             require(getattr(self, name) >= 1, f"finetune.{name} must be at least 1")
         require(self.learning_rate > 0, "finetune.learning_rate must be above 0")
         require(self.weight_decay >= 0, "finetune.weight_decay must not be negative")
+        require(0 <= self.foreground <= 1, "finetune.foreground must lie between 0 and 1")
 
 
 @dataclass(frozen=True)
