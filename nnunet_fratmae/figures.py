@@ -48,7 +48,7 @@ def plot_prediction(ct: Path, pet: Path, truth: Path, prediction: Path, out: Pat
     hu, spacing = load(ct)
     suv, true, found = load(pet)[0], load(truth)[0] > 0, load(prediction)[0] > 0
     aspect = spacing[0] / spacing[2]
-    figure, axes = plt.subplots(1, 4, figsize=(11, 6.2))
+    figure, axes = plt.subplots(1, 4, figsize=(11, 6.2), layout="constrained")
     body = np.flatnonzero((hu > -300).any(axis=(0, 2)))
     slice_index = int(np.median(np.nonzero(true)[1])) if true.any() else int(np.median(body))
     axes[0].imshow(hu[:, slice_index], cmap="gray", vmin=HU_WINDOW[0], vmax=HU_WINDOW[1], origin="lower", aspect=aspect)

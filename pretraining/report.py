@@ -53,7 +53,7 @@ def plot_reconstruction(rows: list[dict[str, Any]], path: Path, title: str) -> N
         rows: one per modality with `modality` and the arrays `truth`, `masked` (boolean, true where masked) and
             `prediction`, all (H, W, D) in pretraining units. Shown in HU and SUV.
     """
-    figure, axes = plt.subplots(len(rows), 4, figsize=(11, 4.2 * len(rows)), squeeze=False)
+    figure, axes = plt.subplots(len(rows), 4, figsize=(11, 4.2 * len(rows)), squeeze=False, layout="constrained")
     for panels, row in zip(axes, rows, strict=True):
         units = PRETRAINING_UNITS[row["modality"]]
         cmap, low, high = WINDOWS[row["modality"]]
