@@ -19,9 +19,9 @@ TRAIN_ID, TEST_ID = 901, 902
 TRAIN_CASES, TEST_CASES = 20, 2
 SPACING = "8 8 10"
 SETTINGS = (
-    "token_patch=[8,16,16] finetune.patch=[16,32,48] finetune.batch_size=4 finetune.epochs=5 finetune.iterations=40 "
+    "token_patch=[8,16,16] finetune.patch=[16,32,48] finetune.batch_size=4 finetune.epochs=5 finetune.iterations=36 "
     "finetune.val_iterations=4 finetune.learning_rate=1e-3 finetune.foreground=0.5 "
-    "pretrain.epochs=6 pretrain.batch_size=4 pretrain.patches_per_case=1 pretrain.learning_rate=1e-3"
+    "pretrain.epochs=5 pretrain.batch_size=4 pretrain.patches_per_case=1 pretrain.learning_rate=1e-3"
 )
 
 

@@ -89,6 +89,7 @@ def test_unlabelled_studies_only(phantoms, folders, monkeypatch):
     shutil.copytree(source / "imagesTr", raw / "imagesPt")
     shutil.copy(source / "dataset.json", raw)
     arguments = "-d 3 -np 1 -preset vit_tiny --set wholebody.grid=[16,32,48] token_patch=[8,16,16] pretrain.epochs=1"
+    arguments += " pretrain.patches_per_case=1"
     monkeypatch.setattr(sys, "argv", ["plan", *arguments.split()])
     plan_and_preprocess.main()
     monkeypatch.setattr(sys, "argv", ["pretrain", "-d", "3", "-device", "cpu", "--set", "pretrain.workers=0"])
