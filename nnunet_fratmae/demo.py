@@ -16,12 +16,12 @@ from nnUNet_raw_conversion.command import UserError
 
 TRAIN_ID, TEST_ID = 901, 902
 # So small that two CPU cores need a few minutes; a real training leaves all this to the planner.
-TRAIN_CASES, TEST_CASES = 20, 2
+TRAIN_CASES, TEST_CASES = 16, 2
 SPACING = "8 8 10"
 SETTINGS = (
-    "token_patch=[8,16,16] finetune.patch=[16,32,48] finetune.batch_size=4 finetune.epochs=5 finetune.iterations=36 "
+    "token_patch=[8,16,16] finetune.patch=[16,32,48] finetune.batch_size=4 finetune.epochs=5 finetune.iterations=30 "
     "finetune.val_iterations=4 finetune.learning_rate=1e-3 finetune.foreground=0.5 "
-    "pretrain.epochs=5 pretrain.batch_size=4 pretrain.patches_per_case=1 pretrain.learning_rate=1e-3"
+    "pretrain.epochs=4 pretrain.batch_size=4 pretrain.patches_per_case=1 pretrain.learning_rate=1e-3"
 )
 
 
