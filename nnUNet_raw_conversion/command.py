@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import multiprocessing
 import os
+import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
+from typing import TypeVar
+
+Item, Result = TypeVar("Item"), TypeVar("Result")
 
 
 class UserError(Exception):
@@ -58,3 +65,38 @@ def find_dataset(variable: str, dataset_id: int) -> Path:
         what = "no dataset" if not found else f"{len(found)} datasets"
         raise UserError(f"-d {dataset_id}: {what} with this ID in {variable}={root} (there: {known})")
     return found[0]
+
+
+def map_cases(function: Callable[[Item], Result], items: Sequence[Item], processes: int) -> Iterator[Result]:
+    """The results of `function` for all items, in the order in which they are done; in this process if one is enough.
+
+    The first error ends it: what has not begun is not begun any more.
+
+    Args:
+        function: picklable (a module's function or a functools.partial of one).
+
+    Raises:
+        UserError: fewer than one process asked for, or a process was killed.
+    """
+    if processes < 1:
+        raise UserError(f"-np {processes}: give at least 1 process")
+    if min(processes, len(items)) <= 1:
+        yield from map(function, items)
+        return
+    # Spawned, not forked: the threads of ITK and torch do not survive a fork
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(min(processes, len(items)), spawn, _start_worker) as pool:
+        try:
+            for done in as_completed([pool.submit(function, item) for item in items]):
+                yield done.result()
+        except BrokenProcessPool:
+            raise UserError("a process was killed, most likely for want of memory; try a smaller -np") from None
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _start_worker() -> None:
+    """Parallel over cases, not within them; Ctrl-C is for the main process alone."""
+    for variable in ("ITK_GLOBAL_DEFAULT_NUMBER_OF_THREADS", "OMP_NUM_THREADS"):
+        os.environ[variable] = "1"
+    signal.signal(signal.SIGINT, signal.SIG_IGN)

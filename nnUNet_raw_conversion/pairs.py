@@ -3,23 +3,18 @@
 from __future__ import annotations
 
 import argparse
-import multiprocessing
 import re
-import signal
 import sys
 from collections import defaultdict
-from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
-import SimpleITK as sitk
 from tqdm import tqdm
 
 from nnUNet_raw_conversion.checks import checked_case
 from nnUNet_raw_conversion.clinical import ClinicalRecord, read_clinical, write_clinical
-from nnUNet_raw_conversion.command import UserError, run_command
+from nnUNet_raw_conversion.command import UserError, map_cases, run_command
 from nnUNet_raw_conversion.geometry import read_image
 from nnUNet_raw_conversion.raw_dataset import RawDataset, write_case
 
@@ -87,15 +82,14 @@ def convert_case(case: Case, folder: Path) -> Outcome:
 
 def convert_pairs(args: argparse.Namespace) -> None:
     """The command: everything that can be wrong with the call is looked at before the first image is read."""
-    if args.np < 1:
-        raise UserError(f"-np {args.np}: give at least 1 process")
     if args.seg is None and not args.unlabelled:
         raise UserError("--seg is missing; name the segmentation file, or say --unlabelled for images without any")
     dataset = RawDataset(args.d, args.n)
     cases = find_cases(args.i, args.ct, args.pet, args.seg, args.unlabelled)
     clinical = _clinical_of(cases, args.i, args.clinical)
     with dataset:
-        outcomes = list(tqdm(_convert_all(cases, dataset.staging, args.np), "cases", len(cases)))
+        convert = partial(convert_case, folder=dataset.staging)
+        outcomes = list(tqdm(map_cases(convert, cases, args.np), "cases", len(cases)))
         errors = sorted(f"{o.case_id}: {o.error}" for o in outcomes if o.error)
         if errors:
             bad = f"{len(errors)} of {len(cases)} cases cannot be converted, so nothing was written:"
@@ -132,29 +126,6 @@ def _clinical_of(cases: list[Case], source: Path, table: Path | None) -> list[Cl
         shown = ", ".join(list(rows)[:3]) + (", ..." if len(rows) > 3 else "")
         print(f"warning: {path} has rows for {len(rows)} cases that are not there: {shown}", file=sys.stderr)
     return records
-
-
-def _convert_all(cases: list[Case], folder: Path, processes: int) -> Iterator[Outcome]:
-    """The outcomes of all cases as they come."""
-    processes = min(processes, len(cases))
-    if processes == 1:
-        yield from (convert_case(case, folder) for case in cases)
-        return
-    # Spawned, not forked: ITK's threads do not survive a fork.
-    with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), _start_worker) as pool:
-        try:
-            for done in as_completed([pool.submit(convert_case, case, folder) for case in cases]):
-                yield done.result()
-        except BrokenProcessPool:
-            raise UserError("a process was killed, most likely for want of memory; try a smaller -np") from None
-        finally:
-            pool.shutdown(cancel_futures=True)
-
-
-def _start_worker() -> None:
-    """Parallel over cases, not within them; Ctrl-C is for the main process alone."""
-    sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _print_notes(outcomes: list[Outcome]) -> None:

@@ -6,11 +6,9 @@ nnU-Net's own file format as float16; a chunk is one coronal slice of one modali
 
 from __future__ import annotations
 
-import multiprocessing
+import functools
 import shutil
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +24,7 @@ from nnunetv2.utilities.utils import (
 from torch.nn.functional import interpolate
 from tqdm import tqdm
 
-from nnUNet_raw_conversion.command import UserError
+from nnUNet_raw_conversion.command import UserError, map_cases
 from plans.extension import find_modalities
 from plans.units import MODALITIES, PRETRAINING_UNITS
 
@@ -114,20 +112,9 @@ def write_store(
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
+    work = functools.partial(_write_study, folder=partial, plans=plans, dataset_json=dataset_json)
     try:
-        with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
-            jobs = [
-                pool.submit(_write_study, partial / case, images, labels, plans, dataset_json)
-                for case, (images, labels) in studies.items()
-            ]
-            try:
-                for job in tqdm(as_completed(jobs), total=len(jobs), desc="Whole-body grid"):
-                    job.result()
-            finally:
-                pool.shutdown(cancel_futures=True)  # the first broken study ends it, not the last
-    except BrokenProcessPool:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise UserError("a process was killed, most likely for want of memory; try a smaller -np") from None
+        list(tqdm(map_cases(work, list(studies.items()), processes), "Whole-body grid", len(studies)))
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
@@ -136,9 +123,9 @@ def write_store(
 
 
 def _write_study(
-    target: Path, images: list[str], labels: str | None, plans: dict[str, Any], dataset_json: dict[str, Any]
+    study: tuple[str, tuple[list[str], str | None]], folder: Path, plans: dict[str, Any], dataset_json: dict[str, Any]
 ) -> None:
-    torch.set_num_threads(1)  # studies run side by side
+    case, (images, labels) = study
     manager = PlansManager(plans)
     grid = plans["fratmae"]["wholebody"]["grid"]  # (H, W, D), which are the axes of these plans
     configuration = WholeBodyConfiguration(manager.get_configuration("wholebody").configuration, grid)
@@ -147,9 +134,9 @@ def _write_study(
             images, labels, manager, configuration, dataset_json
         )
     except (RuntimeError, AssertionError) as error:  # how nnU-Net and ITK say that files are unreadable or do not fit
-        raise UserError(f"case {target.name}: {' '.join(str(error).split()) or 'CT and PET differ in shape'}") from None
-    check_units(target.name, data[find_modalities(dataset_json)])
+        raise UserError(f"case {case}: {' '.join(str(error).split()) or 'CT and PET differ in shape'}") from None
+    check_units(case, data[find_modalities(dataset_json)])
     slice_chunk = (1, 1, *grid[1:])
     nnUNetDatasetBlosc2.save_case(
-        data.astype(np.float16), seg, properties, str(target), chunks=slice_chunk, blocks=slice_chunk
+        data.astype(np.float16), seg, properties, str(folder / case), chunks=slice_chunk, blocks=slice_chunk
     )

@@ -3,11 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import multiprocessing
-import signal
-from collections.abc import Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -17,7 +12,7 @@ import SimpleITK as sitk
 from tqdm import tqdm
 
 from nnUNet_raw_conversion.clinical import ClinicalRecord, write_clinical
-from nnUNet_raw_conversion.command import UserError, run_command
+from nnUNet_raw_conversion.command import UserError, map_cases, run_command
 from nnUNet_raw_conversion.phantom.anatomy import build_anatomy, draw_patient
 from nnUNet_raw_conversion.phantom.lesions import ann_arbor, draw_lesions, draw_sites, paint_lesions
 from nnUNet_raw_conversion.phantom.organs import draw_hu, draw_uptake
@@ -85,21 +80,6 @@ def _write(index: int, folder: Path, seed: int, spacing: tuple[float, float, flo
     return case.record
 
 
-def _map(function: partial, indices: Iterable[int], processes: int) -> Iterator[ClinicalRecord]:
-    if processes == 1:
-        yield from map(function, indices)
-        return
-    # Spawned, not forked: ITK's threads do not survive a fork. Ctrl-C is for the main process alone.
-    spawn, ignore = multiprocessing.get_context("spawn"), (signal.SIGINT, signal.SIG_IGN)
-    with ProcessPoolExecutor(processes, spawn, signal.signal, ignore) as pool:
-        try:
-            yield from pool.map(function, indices)
-        except BrokenProcessPool:
-            raise UserError("a process was killed, most likely for want of memory; try a smaller -np") from None
-        finally:
-            pool.shutdown(cancel_futures=True)
-
-
 def write_phantom(
     dataset_id: int, cases: int, seed: int = 0, spacing: tuple[float, float, float] = SPACING, processes: int = 1
 ) -> Path:
@@ -110,16 +90,14 @@ def write_phantom(
     """
     if cases < 1:
         raise UserError(f"-n {cases}: the number of cases must be 1 or more")
-    if processes < 1:
-        raise UserError(f"-np {processes}: the number of processes must be 1 or more")
     if seed < 0:
         raise UserError(f"--seed {seed}: a seed is a number from 0")
     if not all(2 <= s <= 12 for s in spacing):
         raise UserError(f"--spacing {' '.join(f'{s:g}' for s in spacing)}: three numbers from 2 to 12 (mm, x y z)")
     with RawDataset(dataset_id, "Phantom") as dataset:
         work = partial(_write, folder=dataset.staging, seed=seed, spacing=tuple(spacing))
-        records = list(tqdm(_map(work, range(cases), min(processes, cases)), "cases", cases))
-        write_clinical(dataset.staging / "clinical.csv", records)
+        records = list(tqdm(map_cases(work, range(cases), processes), "cases", cases))
+        write_clinical(dataset.staging / "clinical.csv", sorted(records, key=lambda record: record.case_id))
     return dataset.folder
 
 
