@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from nnUNet_raw_conversion.command import UserError
-from plans.settings import PRESETS, TOKEN_SIDES, Preset
+from plans.settings import PRESETS, TOKEN_SIDES
 from plans.units import units_contract
 
 WEIGHTS_NAME, CONTRACT_NAME = "encoders.safetensors", "encoders.json"
@@ -92,16 +92,12 @@ def read_contract(pretrained: str | Path) -> Contract:
     if contract.axes != AXES:
         raise UserError(f"{path}: axes '{contract.axes}' are not '{AXES}'; export the encoders again")
     sizes = PRESETS.get(contract.preset)
-    if sizes is None or contract.encoder != _encoder_of(sizes):
+    if sizes is None or contract.encoder != sizes.encoder:
         raise UserError(f"{path}: preset {contract.preset} with {contract.encoder} is not known to this version "
                         f"({', '.join(PRESETS)}); use the version that made it")  # fmt: skip
     if len(contract.token_patch) != 3 or not all(t in TOKEN_SIDES for t in contract.token_patch):
         raise UserError(f"{path}: token_patch {contract.token_patch} has sides other than {TOKEN_SIDES}")
     return contract
-
-
-def _encoder_of(sizes: Preset) -> dict[str, int]:
-    return {"embed_dim": sizes.embed_dim, "depth": sizes.depth, "num_heads": sizes.num_heads}
 
 
 def expected_shapes(contract: Contract) -> dict[str, tuple[int, ...]]:

@@ -10,19 +10,15 @@ import os
 from pathlib import Path
 
 from nnUNet_raw_conversion.command import UserError, find_dataset, nnunet_folder, run_command
-from plans.settings import PRESETS, Settings, override
+from plans.settings import Settings, add_arguments, override
 
 
 def main() -> None:
     """Entry point of the command."""
     parser = argparse.ArgumentParser(prog="fratmae_plan_and_preprocess", description=__doc__)
     parser.add_argument("-d", nargs="+", type=int, required=True, metavar="ID", help="dataset IDs")
-    parser.add_argument("-preset", default="vit_b", help=f"size of the networks: {', '.join(PRESETS)} (default: vit_b)")
     parser.add_argument("-np", type=int, default=min(8, os.cpu_count() or 1), metavar="N", help="processes")
-    parser.add_argument(
-        "--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE",
-        help="any setting of plans.json's block fratmae, e.g. pretrain.epochs=100 finetune.patch=[32,96,128]",
-    )  # fmt: skip
+    add_arguments(parser, Settings.preset)
     run_command(parser, _run)
 
 

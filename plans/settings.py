@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from typing import Any
@@ -22,6 +23,11 @@ class Preset:
     decoder_depth: int
     decoder_heads: int
     unetr_features: int
+
+    @property
+    def encoder(self) -> dict[str, int]:
+        """Keyword arguments of an encoder besides patch size and token patch."""
+        return {"embed_dim": self.embed_dim, "depth": self.depth, "num_heads": self.num_heads}
 
 
 PRESETS = {
@@ -166,6 +172,16 @@ class Settings:
             UserError: an unknown key, a value of the wrong type or out of range.
         """
         return _build(cls, block, "")
+
+
+def add_arguments(parser: argparse.ArgumentParser, preset: str | None) -> None:
+    """-preset and --set, the same for every command that takes settings; `preset` None: as planned."""
+    sizes = f"size of the networks: {', '.join(PRESETS)} (default: {preset or 'as planned'})"
+    parser.add_argument("-preset", default=preset, help=sizes)
+    parser.add_argument(
+        "--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE",
+        help="any setting of plans.json's block fratmae, e.g. pretrain.epochs=100 finetune.patch=[32,96,128]",
+    )  # fmt: skip
 
 
 def override(settings: Settings, assignments: list[str]) -> Settings:

@@ -40,10 +40,9 @@ def build_model(settings: Settings) -> FratMAE:
     """The network of the settings, with reproducible initial weights."""
     torch.manual_seed(settings.pretrain.seed)
     sizes = settings.sizes
-    encoder = {"embed_dim": sizes.embed_dim, "depth": sizes.depth, "num_heads": sizes.num_heads}
     decoder = {"dim": sizes.decoder_dim, "depth": sizes.decoder_depth, "num_heads": sizes.decoder_heads}
     decoder["block"] = settings.pretrain.decoder_block
-    return FratMAE(settings.wholebody.patch, settings.token_patch, encoder, decoder)
+    return FratMAE(settings.wholebody.patch, settings.token_patch, sizes.encoder, decoder)
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -244,9 +243,10 @@ def _load_checkpoint(folder: Path, identity: dict[str, Any], resume: bool) -> di
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, pickle.UnpicklingError, EOFError, OSError) as error:
         raise UserError(f"{path}: cannot be read ({type(error).__name__}); the file is damaged or cut off") from error
-    for part, what in (("settings", "-preset and --set"), ("train", "-d and -f"), ("held_out", "-d and -f")):
-        if checkpoint["identity"][part] != identity[part]:
-            raise UserError(f"--c: {part.replace('_', '-')} of the run in {folder} were others; give the same {what}")
+    if checkpoint["identity"]["settings"] != identity["settings"]:
+        raise UserError(f"--c: the run in {folder} was begun with other settings; give the same -preset and --set")
+    if checkpoint["identity"] != identity:
+        raise UserError(f"--c: the run in {folder} was begun with other cases; give the same -d and -f")
     return checkpoint
 
 
@@ -267,10 +267,10 @@ def _export(
     software: dict[str, str],
 ) -> None:
     names = [case.name.split("/")[0] for case in cases]
-    sizes, whole = settings.sizes, settings.wholebody
+    whole = settings.wholebody
     contract = Contract(
-        preset=settings.preset, embed_dim=sizes.embed_dim, depth=sizes.depth, num_heads=sizes.num_heads,
-        token_patch=settings.token_patch, grid=whole.grid, patch=whole.patch, k=whole.k,
+        preset=settings.preset, **settings.sizes.encoder, token_patch=settings.token_patch,
+        grid=whole.grid, patch=whole.patch, k=whole.k,
         method="fratmae_notext", text_tower=None, epochs=settings.pretrain.epochs,
         datasets=[{"name": n, "cases": names.count(n), "licence": licence} for n, licence in licences.items()],
         left_out_fold=fold, software={"python": platform.python_version()} | software,

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from nnUNet_raw_conversion.command import UserError, find_dataset, nnunet_folder, run_command
 from plans.preprocessed import PLANS_NAME, load_plans, validation_cases
-from plans.settings import PRESETS, Settings, override, require
+from plans.settings import Settings, add_arguments, override, require
 
 RUN_NAME = f"FratMAEPretraining__{PLANS_NAME}__wholebody"
 
@@ -16,15 +16,11 @@ def main() -> None:
     """Entry point of the command."""
     parser = argparse.ArgumentParser(prog="fratmae_pretrain", description=__doc__)
     parser.add_argument("-d", nargs="+", type=int, required=True, metavar="ID", help="dataset IDs")
-    parser.add_argument("-preset", help=f"size of the networks: {', '.join(PRESETS)} (default: as planned)")
     parser.add_argument("-device", choices=("cuda", "cpu"), default="cuda", help="default: cuda")
     parser.add_argument("-f", type=int, metavar="FOLD", help="leave out the validation cases of this nnU-Net fold")
     parser.add_argument("-o", type=Path, metavar="FOLDER", help="output (default: below nnUNet_results)")
     parser.add_argument("--c", action="store_true", help="continue from the latest checkpoint")
-    parser.add_argument(
-        "--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE",
-        help="any setting of plans.json's block fratmae, e.g. pretrain.epochs=100",
-    )  # fmt: skip
+    add_arguments(parser, None)
     run_command(parser, _run)
 
 
