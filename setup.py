@@ -64,18 +64,31 @@ setup(
         "blosc2",
         "lightning-fabric>=2.4",
         "safetensors",
-        "open_clip_torch",
+        "open_clip_torch>=3",
+        "huggingface_hub",
         "tqdm",
         "matplotlib",
         "nibabel",
+        "pydicom>=3",
+        "highdicom>=0.25",
+        "openpyxl",
     ],
-    extras_require={"test": ["pytest", "hypothesis", "ruff", "setuptools", "wheel"], "bench": []},
+    extras_require={
+        "compressed": ["python-gdcm"],  # JPEG and JPEG 2000 inside DICOM
+        "huggingface": ["transformers>=4.57"],  # text towers other than CLIP's
+        "test": ["pytest", "hypothesis", "ruff", "setuptools", "wheel", "python-gdcm"],
+        "bench": [],
+    },
     entry_points={
         "console_scripts": [
             "fratmae_convert_pairs = nnUNet_raw_conversion.pairs:main",
+            "fratmae_convert_ghsg = nnUNet_raw_conversion.ghsg:main",
+            "fratmae_convert_autopet = nnUNet_raw_conversion.autopet:main",
             "fratmae_phantom = nnUNet_raw_conversion.phantom.command:main",
             "fratmae_plan_and_preprocess = plans.plan_and_preprocess:main",
             "fratmae_pretrain = pretraining.pretrain:main",
+            "fratmae_export = pretraining.export:main",
+            "fratmae_retrieve = pretraining.retrieve:main",
         ]
     },
 )

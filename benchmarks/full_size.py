@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import multiprocessing
 import resource
 import time
@@ -19,21 +20,20 @@ import torch
 from nnunet_fratmae.networks.unetr import FratMAEUNETR
 from plans.extension import PAPER_PATCH, PAPER_TOKEN
 from plans.settings import Settings, WholeBody
-from plans.units import MODALITIES
-from pretraining.engine import build_model, draw_mask, parameter_groups
-from pretraining.fratmae import reconstruction_loss
+from pretraining.engine import build_model, draw_masks, parameter_groups
+from pretraining.fratmae import Objective
 
 
 def pretraining_step(preset: str, batch: int, device: str) -> dict[str, float]:
     settings = Settings(preset=preset, token_patch=PAPER_TOKEN, wholebody=WholeBody(patch=PAPER_PATCH))
     model = build_model(settings).to(device)
+    objective = Objective(model, None, None, 0.0)
     image = torch.randn(batch, 2, *PAPER_PATCH, device=device)
 
     def loss(step: int) -> torch.Tensor:
-        tokens = model.encoders["CT"].positions.shape[0]
-        modality, keep, masked = draw_mask(image.shape, tokens, settings.pretrain.mask_ratio, (0, 0, step))
-        volume = image[:, MODALITIES.index(modality)][:, None]
-        return reconstruction_loss(model(image, modality, keep.to(device)), volume, masked.to(device), PAPER_TOKEN)
+        masks = draw_masks(batch, math.prod(model.grid), settings.pretrain.mask_ratio, True, (0, 0, step))
+        keep, masked = ({m: pair[i].to(device) for m, pair in masks.items()} for i in (0, 1))
+        return objective(image, keep, masked)[0]
 
     return measure(model, loss, device)
 

@@ -66,7 +66,8 @@ def main() -> None:
                     "--ct CTres.nii.gz --pet SUV.nii.gz --seg SEG.nii.gz", {}),
         "plan_and_preprocess": (f"fratmae_plan_and_preprocess -d {DATASET_ID} -preset {args.preset} "
                                 f"--set {' '.join(SETTINGS + args.set)}", {}),
-        "pretrain": (f"fratmae_pretrain -d {DATASET_ID} -f 0 -device {args.device} -o {pretraining}", {}),
+        "pretrain": (f"fratmae_pretrain -d {DATASET_ID} -m fratmae_notext -f 0 -device {args.device} "
+                     f"-o {pretraining}", {}),
         "train_pretrained": (train, {"FRATMAE_PRETRAINED": str(pretraining)}),
         "train_scratch": (train, {"nnUNet_results": str(work / "scratch")}),
     }  # fmt: skip

@@ -7,7 +7,14 @@ import SimpleITK as sitk
 from scipy import ndimage, stats
 
 from nnUNet_raw_conversion.command import UserError
-from nnUNet_raw_conversion.geometry import check_finite, overlap_fraction, resample_to, same_grid
+from nnUNet_raw_conversion.geometry import (
+    canonical,
+    check_finite,
+    overlap_fraction,
+    resample_to,
+    same_grid,
+    target_grid,
+)
 
 AIR_HU = -1024
 # Body means (CT > -300 HU) of the 36 soft-tissue-sarcoma patients, small boxes around a tumour: SUV 0.45 to 2.0;
@@ -21,33 +28,38 @@ LEAST_OUTLINE_AGREEMENT = 0.75
 
 
 def checked_case(
-    ct: sitk.Image, pet: sitk.Image, lesions: sitk.Image | None
+    ct: sitk.Image | None, pet: sitk.Image, lesions: sitk.Image | None, grid: str = "pet"
 ) -> tuple[sitk.Image, sitk.Image, sitk.Image | None, list[str]]:
     """Check one case and bring it into the form that `raw_dataset.write_case` takes.
 
     Args:
-        ct: in HU, on any grid. pet: in SUVbw. lesions: on the grid of `pet`, 0 and 1, or None.
+        ct: in HU, on any grid, or None: then the PET alone is checked and the CT is air. pet: in SUVbw.
+        lesions: 0 and 1, on the grid of `pet`, of `ct` or of the result, or None.
+        grid: that of the result, see `geometry.target_grid`.
 
     Returns:
-        CT (float32, HU, at least -1024), PET (float32, SUVbw, not negative) and lesions (uint8), all on the grid of
-        `pet`, and what had to be changed, one sentence each.
+        CT (float32, HU, at least -1024), PET (float32, SUVbw, not negative) and lesions (uint8), all on one grid in
+        canonical orientation, and what had to be changed, one sentence each.
 
     Raises:
         UserError: what is wrong and what to do.
     """
     notes: list[str] = []
-    ct, pet = _checked_ct(ct, notes), _checked_pet(pet, notes)
+    ct, pet = None if ct is None else _checked_ct(ct, notes), _checked_pet(pet, notes)
+    # The share of the smaller of the two: a narrow CT of the whole body fills half of a wide PET of the trunk.
+    if ct is not None and max(overlap_fraction(ct, pet), overlap_fraction(pet, ct)) < 0.25:
+        raise UserError("CT and PET hardly overlap: different subjects or wrong pairing; pair the files anew")
+    target = target_grid(ct, pet, grid)
     if lesions is not None:
-        lesions = _checked_lesions(lesions, pet)
-    if same_grid(ct, pet):
-        ct.CopyInformation(pet)  # rounding errors of the headers shall not reach nnU-Net
+        lesions = _lesions_on(_checked_lesions(lesions, ct, pet, target), target, notes)
+    pet = _on_grid(pet, target, 0, "PET", grid, notes)
+    if ct is not None:
+        ct = _on_grid(ct, target, AIR_HU, "CT", grid, notes)
+        _check_pair(ct, pet)
     else:
-        # The share of the smaller of the two: a narrow CT of the whole body fills half of a wide PET of the trunk.
-        if max(overlap_fraction(ct, pet), overlap_fraction(pet, ct)) < 0.25:
-            raise UserError("CT and PET hardly overlap: different subjects or wrong pairing; pair the files anew")
-        ct = resample_to(ct, pet, AIR_HU)
-        notes.append("CT resampled to the PET's grid")
-    _check_pair(ct, pet)
+        ct = sitk.Cast(target, sitk.sitkFloat32) * 0 + AIR_HU
+        notes.append(f"no CT: filled with air ({AIR_HU} HU)")
+        _check_alone(pet)
     return ct, pet, lesions, notes
 
 
@@ -107,8 +119,8 @@ def _checked_pet(pet: sitk.Image, notes: list[str]) -> sitk.Image:
     return pet
 
 
-def _checked_lesions(lesions: sitk.Image, pet: sitk.Image) -> sitk.Image:
-    if not same_grid(lesions, pet):
+def _checked_lesions(lesions: sitk.Image, ct: sitk.Image | None, pet: sitk.Image, target: sitk.Image) -> sitk.Image:
+    if not any(same_grid(canonical(lesions), canonical(image)) for image in (pet, target, ct) if image is not None):
         size = "x".join(map(str, lesions.GetSize())), "x".join(map(str, pet.GetSize()))
         raise UserError(f"segmentation ({size[0]} voxels) is not on the grid of the PET ({size[1]}); "
                         "resample it to the PET (nearest neighbour)")  # fmt: skip
@@ -119,26 +131,61 @@ def _checked_lesions(lesions: sitk.Image, pet: sitk.Image) -> sitk.Image:
         shown = ", ".join(f"{v:g}" for v in values[:5]) + (", ..." if values.size > 5 else "")
         hint = "interpolated? resample it with nearest neighbour" if np.any(values % 1) else "map them to 0 or 1"
         raise UserError(f"segmentation has the value {shown} beside 0 (background) and 1 (lesion); {hint}")
-    lesions = sitk.Cast(lesions, sitk.sitkUInt8)
-    lesions.CopyInformation(pet)
-    return lesions
+    return sitk.Cast(lesions, sitk.sitkUInt8)
+
+
+def _on_grid(
+    image: sitk.Image, target: sitk.Image, fill: float, name: str, grid: str, notes: list[str]
+) -> sitk.Image:
+    """`image` on the grid of `target`, and exactly there: rounding errors of headers shall not reach nnU-Net."""
+    turned = canonical(image)
+    if same_grid(turned, target):
+        turned.CopyInformation(target)
+        return turned
+    whose = {"pet": "the PET's grid", "ct": "the CT's grid"}.get(grid, f"a grid of {grid} mm")
+    notes.append(f"{name} resampled to {whose}")
+    return resample_to(image, target, fill)
+
+
+def _lesions_on(lesions: sitk.Image, target: sitk.Image, notes: list[str]) -> sitk.Image:
+    """Where lesions fill at least half of a voxel of the target: linear interpolation of the (averaged) mask, which
+    keeps volumes and smooth surfaces where nearest neighbours make steps and lose thin parts by chance."""
+    turned = canonical(lesions)
+    if same_grid(turned, target):
+        turned.CopyInformation(target)
+        return turned
+    result = resample_to(lesions, target, 0) >= 0.5
+    before, after = (np.count_nonzero(sitk.GetArrayViewFromImage(i)) * np.prod(i.GetSpacing()) / 1000
+                     for i in (lesions, result))  # fmt: skip
+    if abs(after - before) > 0.1 * before:
+        notes.append("lesion volume changed by more than 10% on the new grid")
+    return result
 
 
 def _check_pair(ct: sitk.Image, pet: sitk.Image) -> None:
     body = sitk.GetArrayViewFromImage(ct) > -300
     if not body.any():
         raise UserError("CT shows no body (above -300 HU) where the PET is: wrong pairing? pair the files anew")
-    mean = sitk.GetArrayViewFromImage(pet)[body].mean(dtype=float)
-    least, most = BODY_MEAN_SUV
-    if mean > most:
-        raise UserError(f"PET has a mean of {mean:.0f} in the body, as Bq/ml has, not SUVbw; convert it to SUVbw")
-    if mean < least:
-        raise UserError(f"PET has a mean of {mean:.2g} in the body: scaled, not SUVbw; give the PET in SUVbw")
+    _check_units(sitk.GetArrayViewFromImage(pet)[body].mean(dtype=float))
     agreement = outline_agreement(ct, pet)
     if agreement is not None and agreement < LEAST_OUTLINE_AGREEMENT:
         raise UserError(f"the bodies in CT and PET disagree (agreement {agreement:.2f}, at least "
                         f"{LEAST_OUTLINE_AGREEMENT} is needed): different subjects or wrong pairing; "
                         "look at both and pair the files anew")  # fmt: skip
+
+
+def _check_alone(pet: sitk.Image) -> None:
+    """Without a CT the body is what has more uptake than the mean of the image, air included, in any unit."""
+    suv = sitk.GetArrayViewFromImage(pet)
+    _check_units(suv[suv > suv.mean(dtype=float)].mean(dtype=float))
+
+
+def _check_units(mean: float) -> None:
+    least, most = BODY_MEAN_SUV
+    if mean > most:
+        raise UserError(f"PET has a mean of {mean:.0f} in the body, as Bq/ml has, not SUVbw; convert it to SUVbw")
+    if mean < least:
+        raise UserError(f"PET has a mean of {mean:.2g} in the body: scaled, not SUVbw; give the PET in SUVbw")
 
 
 def _coarse(image: sitk.Image) -> sitk.Image:

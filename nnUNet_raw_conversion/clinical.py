@@ -1,21 +1,27 @@
-"""clinical.csv: who a case is, in the same few words everywhere (DESIGN contracts 4 and 5)."""
+"""clinical.csv: who a case is, in the same few words everywhere (DESIGN contracts 4 and 5).
+
+The one reader and writer of the project. Messages name file, line and field, never a cell: a table that a hospital
+made may have a name, a patient number or a date of birth in any of them.
+"""
 
 from __future__ import annotations
 
 import csv
 import os
 import re
-from collections.abc import Iterable
+import zipfile
+from collections.abc import Iterable, Mapping
 from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 
 from nnUNet_raw_conversion.command import UserError
 
 # A tracer is compared by its letters and digits alone: "[18F]F-PSMA-1007" is "18ffpsma1007" here.
-_F18, _GA68 = "(?:18f|f18)f?", "(?:68ga|ga68)(?:ga)?"
-_FDG = "(?:fdg|fluoro?de[sz]?oxyglu[ck]ose)"
+_F18 = "(?:18f|f18|18fluorine?|fluorine?18|18fluor|fluor18)f?"
+_GA68 = "(?:68ga|ga68|68gallium|gallium68)(?:ga)?"
+_FDG = "(?:fdg|fluoro?de[sz]?oxyglu[ck]ose|2?deoxy2(?:18f)?fluorodglu[ck]ose)+"
 TRACERS = {
-    "18F-FDG": f"(?:{_F18})?{_FDG}(?:{_F18})?",
+    "18F-FDG": f"(?:{_F18})?2?{_FDG}(?:{_F18})?",
     "18F-PSMA": f"{_F18}(?:rh)?psma[0-9]*|(?:rh)?psma(?:1007|7|73)?{_F18}|psma1007|(?:{_F18})?dcfpyl",
     "68Ga-PSMA": f"{_GA68}psma(?:11|617|it)?|psma(?:11|617|it)?{_GA68}|psma11",
 }
@@ -25,7 +31,16 @@ SEXES = {
     **dict.fromkeys(("d", "divers", "diverse", "o", "other", "u"), None),
 }
 STAGES = {"1": "I", "2": "II", "3": "III", "4": "IV", "I": "I", "II": "II", "III": "III", "IV": "IV"}
-UNKNOWN = {"", "unknown", "unbekannt", "n/a", "na", "nan", "none", "?", "-"}
+# Where a table of the German Hodgkin Study Group has the risk group only, or the trial, of which there was one a group:
+# HD16 early favourable, HD17 early unfavourable (also called intermediate), HD18 advanced. Letters and digits alone,
+# without "stage" and "Stadium".
+_FAVOURABLE = "(?:(?:un)?favou?rable|(?:un)?guenstig(?:es)?)?"
+RISK_GROUPS = {
+    "early": f"(?:early|limited|frueh(?:es)?){_FAVOURABLE}(?:intermediate)?|intermedi(?:ate|aer(?:es)?)|hd1[67]",
+    "advanced": "advanced|fortgeschritten(?:es)?|hd18",
+}
+YEARS = {"Y": 1.0, "M": 1 / 12, "W": 7 / 365.25, "D": 1 / 365.25}  # units of DICOM age strings (PS3.5, 6.2, AS)
+UNKNOWN = {"", "unknown", "unbekannt", "n/a", "na", "nan", "none", "null", "#n/a", "?", "-"}
 
 
 @dataclass(frozen=True)
@@ -41,7 +56,10 @@ class ClinicalRecord:
     sex: str | None = None
     """ "M" or "F"."""
     stage: str | None = None
-    """Ann Arbor or UICC stage without its suffixes: "I", "II", "III" or "IV"."""
+    """Ann Arbor or UICC stage without its suffixes: "I", "II", "III" or "IV"; "early" or "advanced" where only the risk
+    group is known."""
+    missing: str | None = None
+    """ "CT" where the study has none and its channel is filled with air."""
 
 
 COLUMNS = tuple(field.name for field in fields(ClinicalRecord))
@@ -54,59 +72,80 @@ def clinical_record(
     age: object = None,
     sex: object = None,
     stage: object = None,
+    missing: object = None,
 ) -> ClinicalRecord:
     """A checked record from what a table or a DICOM header says, in the words of this project.
 
     Raises:
-        UserError: "FIELD 'VALUE': what is wrong, what to do".
+        UserError: "FIELD: what is wrong, what to do".
     """
     name = " ".join(str(case_id).split()) if case_id is not None else ""
     if not name:
-        raise UserError("case_id is empty; every row needs the name of its case")
+        raise UserError("case_id: is empty; every row needs the name of its case")
     return ClinicalRecord(name, _tracer(_text(tracer)), _text(diagnosis), _age(_text(age)), _sex(_text(sex)),
-                          _stage(_text(stage)))  # fmt: skip
+                          _stage(_text(stage)), _missing(_text(missing)))  # fmt: skip
 
 
-def read_clinical(path: Path) -> dict[str, ClinicalRecord]:
-    """The records of a clinical.csv by case_id.
+def read_clinical(path: Path, columns: Mapping[str, str] | None = None) -> dict[str, ClinicalRecord]:
+    """The records of a clinical table (.csv or .xlsx, see `read_table`) by case_id.
 
-    The file is UTF-8 (with or without byte order mark), separated by commas or semicolons; its columns are case_id
-    and any of tracer, diagnosis, age, sex, stage. An absent column and an empty cell are unknown.
+    The columns are case_id and any of tracer, diagnosis, age, sex, stage, missing. An absent column and an empty cell
+    are unknown.
+
+    Args:
+        columns: for a table with names of its own, our names and its: {"case_id": "PatNr", "stage": "AnnArbor"}. Other
+            columns are then read if they have our names and ignored if not.
 
     Raises:
         UserError: naming file, line and field.
     """
-    try:
-        text = Path(path).read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
-        raise UserError(f"{path}: there is no such file") from None
-    except UnicodeDecodeError:
-        raise UserError(f"{path}: is not UTF-8 text; save it as 'CSV UTF-8'") from None
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); give the path of a csv file") from None
-    header = text.split("\n", 1)[0]
-    # Not split at every character that Python takes for a line end: only \n and \r end a row of a csv file.
-    lines = re.findall(r"[^\r\n]*(?:\r\n|\r|\n)|[^\r\n]+$", text)
-    reader = csv.DictReader(lines, delimiter=";" if ";" in header and "," not in header else ",")
-    _check_columns(path, reader)
+    header, rows = read_table(path)
+    position = _find_columns(path, header, columns)
     records: dict[str, ClinicalRecord] = {}
-    try:
-        for row in reader:
-            if row.pop(None, None):
-                raise UserError("more cells than columns; put a text that has the separator in it in quotes")
-            if not any(row.values()):  # spreadsheets leave such rows at the end
-                continue
-            record = clinical_record(**row)
-            if record.case_id in records:
-                raise UserError(f"case_id {record.case_id!r} is there twice; keep one of the rows")
-            records[record.case_id] = record
-    except (UserError, csv.Error) as error:
-        raise UserError(f"{path}, line {reader.line_num}: {error}") from None
+    first_line: dict[str, int] = {}
+    for line, cells in rows:
+        try:
+            record = clinical_record(**{name: cells[index] for name, index in position.items()})
+        except UserError as error:
+            raise UserError(f"{path}, line {line}: {error}") from None
+        if record.case_id in records:
+            there = first_line[record.case_id]
+            raise UserError(f"{path}, line {line}: case_id: is there twice, as in line {there}; keep one of the rows")
+        records[record.case_id], first_line[record.case_id] = record, line
     return records
 
 
+def read_table(path: Path) -> tuple[list[str], list[tuple[int, list[object]]]]:
+    """The column names of a table (its first line) and its rows that are not empty, each with the number of its line.
+
+    .xlsx: the first sheet; cells are text, numbers, dates or None. Else UTF-8 text (with or without byte order mark),
+    separated by commas, semicolons or tabs; cells are text. All rows are as long as the first.
+
+    Raises:
+        UserError: the file is missing or cannot be read, or a row has more cells than there are columns.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path}: there is no such file; give the path of a csv or xlsx file")
+    if path.suffix.lower() == ".xls":
+        raise UserError(f"{path}: the old Excel format is not read; save it as xlsx or as 'CSV UTF-8'")
+    lines = _xlsx_lines(path) if path.suffix.lower() == ".xlsx" else _csv_lines(path)
+    _, first = next(iter(lines), (1, []))
+    header = [" ".join(str(name).split()) if name is not None else "" for name in first]
+    while header and not header[-1] and all(_is_empty(cell) for _, cells in lines for cell in cells[len(header) - 1 :]):
+        header.pop()  # spreadsheets also leave empty columns at the end
+    rows = []
+    for line, cells in lines[1:]:
+        if any(not _is_empty(cell) for cell in cells[len(header) :]):
+            raise UserError(f"{path}, line {line}: more cells than columns; put a text that has the separator in it "
+                            "in quotes, and give every column a name")  # fmt: skip
+        if any(not _is_empty(cell) for cell in cells):  # spreadsheets leave empty rows at the end
+            rows.append((line, (cells + [None] * len(header))[: len(header)]))
+    return header, rows
+
+
 def write_clinical(path: Path, records: Iterable[ClinicalRecord]) -> None:
-    """Write clinical.csv with all columns; the file is there whole or not at all.
+    """Write clinical.csv, with the column `missing` only if a case has it; the file is there whole or not at all.
 
     Raises:
         UserError: a record that `read_clinical` would refuse, or a case that is there twice.
@@ -117,12 +156,13 @@ def write_clinical(path: Path, records: Iterable[ClinicalRecord]) -> None:
         if record.case_id in rows:
             raise UserError(f"{path}: case_id {record.case_id!r} is there twice; keep one of the records")
         rows[record.case_id] = astuple(record)
+    names = COLUMNS if any(row[-1] for row in rows.values()) else COLUMNS[:-1]
     partial = Path(path).with_name(f".{Path(path).name}.partial")
     with partial.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(COLUMNS)
+        writer.writerow(names)
         # whole years as "61", not "61.0"; None is written as an empty cell
-        writer.writerows([int(v) if isinstance(v, float) and v.is_integer() else v for v in row]
+        writer.writerows([int(v) if isinstance(v, float) and v.is_integer() else v for v in row[: len(names)]]
                          for row in rows.values())  # fmt: skip
     os.replace(partial, path)
 
@@ -141,17 +181,64 @@ def prompt(record: ClinicalRecord) -> str:
     return " ".join(f"<{tag}> {value}" for tag, value in values.items() if value is not None)
 
 
-def _check_columns(path: Path, reader: csv.DictReader) -> None:
-    """Bring the column names of `reader` into shape; UserError for an unknown, doubled or missing one."""
-    reader.fieldnames = names = [name.strip().lower() for name in reader.fieldnames or []]
+def _csv_lines(path: Path) -> list[tuple[int, list[object]]]:
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: is not UTF-8 text; save it as 'CSV UTF-8'") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); give the path of a csv or xlsx file") from None
+    header = text.split("\n", 1)[0]
+    # Not split at every character that Python takes for a line end: only \n and \r end a row of a csv file.
+    lines = re.findall(r"[^\r\n]*(?:\r\n|\r|\n)|[^\r\n]+$", text)
+    reader = csv.reader(lines, delimiter=next((c for c in ",;\t" if c in header), ","))
+    try:
+        return [(reader.line_num, list(row)) for row in reader]
+    except csv.Error as error:
+        raise UserError(f"{path}, line {reader.line_num}: {error}; save it as 'CSV UTF-8' again") from None
+
+
+def _xlsx_lines(path: Path) -> list[tuple[int, list[object]]]:
+    import openpyxl  # only here: most tables are csv
+
+    try:
+        sheet = openpyxl.load_workbook(path, data_only=True).worksheets[0]
+    except (OSError, zipfile.BadZipFile, KeyError, ValueError, IndexError):
+        raise UserError(f"{path}: cannot be read as xlsx; save it without a password, or as 'CSV UTF-8'") from None
+    # A spreadsheet has no whole numbers: patient 12 may be 12.0 in the file
+    return [
+        (line, [int(cell) if isinstance(cell, float) and cell.is_integer() else cell for cell in row])
+        for line, row in enumerate(sheet.iter_rows(values_only=True), 1)
+    ]
+
+
+def _find_columns(path: Path, header: list[str], columns: Mapping[str, str] | None) -> dict[str, int]:
+    """The position of each of our columns that the table has; UserError for an unknown, doubled or missing one."""
     known = ", ".join(COLUMNS)
-    for name in names:
+    for name in columns or {}:
         if name not in COLUMNS:
-            raise UserError(f"{path}, line 1: unknown column {name!r}; rename or remove it (known columns: {known})")
-        if names.count(name) > 1:
-            raise UserError(f"{path}, line 1: column {name!r} is there twice; remove one")
-    if "case_id" not in names:
+            raise UserError(f"columns: {name!r} is none of ours; name one of {known}")
+    lower = [name.lower() for name in header]
+    position: dict[str, int] = {}
+    for name in COLUMNS:
+        wanted = (columns or {}).get(name, name)
+        found = [index for index, there in enumerate(lower) if there == " ".join(wanted.split()).lower()]
+        if len(found) > 1:
+            raise UserError(f"{path}, line 1: column {wanted!r} is there twice; remove one")
+        if found:
+            position[name] = found[0]
+        elif name in (columns or {}):
+            raise UserError(f"{path}, line 1: no column {wanted!r}, which shall be {name}; correct the name")
+    unknown = [name for name in header if name.lower() not in COLUMNS]
+    if unknown and not columns:
+        raise UserError(f"{path}, line 1: unknown column {unknown[0]!r}; rename or remove it (known: {known})")
+    if "case_id" not in position:
         raise UserError(f"{path}, line 1: no column case_id; name the columns in the first line (known: {known})")
+    return position
+
+
+def _is_empty(cell: object) -> bool:
+    return cell is None or not str(cell).strip()
 
 
 def _text(value: object) -> str | None:
@@ -159,26 +246,37 @@ def _text(value: object) -> str | None:
     return None if text.lower() in UNKNOWN else text
 
 
+def _letters(text: str | None) -> str:
+    """Letters and digits alone, in lower case, umlauts as two letters."""
+    text = (text or "").lower().translate(str.maketrans({"ä": "ae", "ö": "oe", "ü": "ue", "ß": "ss"}))
+    return re.sub("[^a-z0-9]", "", text)
+
+
 def _tracer(text: str | None) -> str | None:
-    key = re.sub("[^a-z0-9]", "", (text or "").lower())
+    key = _letters(text)
     return next((name for name, pattern in TRACERS.items() if re.fullmatch(pattern, key)), text)
 
 
 def _age(text: str | None) -> float | None:
+    """Years, from a number (also with a decimal comma) or a DICOM age string such as 061Y, 018M, 003W, 010D."""
     if text is None:
         return None
-    try:
-        age = float(text.replace(",", "."))
-    except ValueError:
-        age = -1.0
+    if match := re.fullmatch(r"(\d{1,3}) ?([DWMY])", text.upper()):
+        age = int(match[1]) * YEARS[match[2]]
+    else:
+        try:
+            age = float(text.replace(",", "."))
+        except ValueError:
+            age = -1.0
     if not 0 <= age <= 120:
-        raise UserError(f"age {text!r}: is not a number of years from 0 to 120; mend it, or leave it empty if unknown")
+        what = "is a date or a year" if re.search(r"\d{4}|\d[./-]\d+[./-]\d", text) else "is not a number"
+        raise UserError(f"age: {what}; give years from 0 to 120 (or 061Y, 018M), or leave it empty if unknown")
     return age
 
 
 def _sex(text: str | None) -> str | None:
     if text is not None and text.lower() not in SEXES:
-        raise UserError(f"sex {text!r}: is not M or F; mend it, or leave it empty if unknown")
+        raise UserError("sex: is not M or F; mend it, or leave it empty if unknown")
     return SEXES.get((text or "d").lower())
 
 
@@ -186,7 +284,16 @@ def _stage(text: str | None) -> str | None:
     """The suffixes of Ann Arbor (A, B, E, S, X) and UICC (A, B, C, with a digit) are dropped; "3.0" is III."""
     if text is None:
         return None
-    match = re.fullmatch(r"(?:STAGE |STADIUM )?(IV|I{1,3}|[1-4])(?:[ABCESX]+\d?|\.0)?", text.upper())
-    if not match:
-        raise UserError(f"stage {text!r}: is not I, II, III or IV; mend it, or leave it empty if unknown")
-    return STAGES[match[1]]
+    if match := re.fullmatch(r"(?:STAGE |STADIUM )?(IV|I{1,3}|[1-4])(?: ?[ABCESX]+\d?|\.0)?", text.upper()):
+        return STAGES[match[1]]
+    key = re.sub("stage|stadium", "", _letters(text))
+    for group, pattern in RISK_GROUPS.items():
+        if re.fullmatch(pattern, key):
+            return group
+    raise UserError("stage: is not I, II, III, IV, early or advanced; mend it, or leave it empty if unknown")
+
+
+def _missing(text: str | None) -> str | None:
+    if text is not None and text.upper() != "CT":
+        raise UserError("missing: is not CT; write CT for a study without one, or leave it empty")
+    return text and "CT"

@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -96,7 +97,15 @@ def map_cases(function: Callable[[Item], Result], items: Sequence[Item], process
 
 
 def _start_worker() -> None:
-    """Parallel over cases, not within them; Ctrl-C is for the main process alone."""
+    """Parallel over cases, not within them; Ctrl-C is for the main process alone, whose death ends this one."""
+    threading.Thread(target=_follow_parent, daemon=True).start()
     for variable in ("ITK_GLOBAL_DEFAULT_NUMBER_OF_THREADS", "OMP_NUM_THREADS"):
         os.environ[variable] = "1"
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _follow_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)

@@ -6,53 +6,111 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+import nibabel
+import numpy as np
 import SimpleITK as sitk
 
 from nnUNet_raw_conversion.command import UserError, nnunet_folder
+from nnUNet_raw_conversion.geometry import canonical, grid_distance
 
 FILE_ENDING = ".nii.gz"
 LABELS = {"background": 0, "lesion": 1}
+PARTS = ("Tr", "Ts", "Pt")
+""" Labelled training cases, test cases (with or without labels), images for pretraining only (without)."""
+OPTIONS = "conversion_options.json"
+LARGEST_ERROR_MM = 0.01  # of the place of a voxel, by the single precision of NIfTI's headers
+
+
+class WriteError(UserError):
+    """The target cannot be written to (disk full, read-only): no fault of the case, and no other case would fare
+    better."""
 
 
 class RawDataset:
     """A dataset folder under construction; it takes its place in nnUNet_raw only when all went well.
 
-    Used as a context manager: cases are written to a hidden folder beside the final one (`write_case`, also from
-    worker processes, with `self.staging`), and the hidden folder is renamed at the end or removed after an error.
+    Cases are written to a hidden folder beside the final one (`write_case`, also from worker processes, with
+    `self.staging`), which is renamed at the end, so that nnU-Net never meets a dataset that is not complete. Either as
+    a context manager, which begins anew and removes the hidden folder after an error; or by `resume` and `finish`,
+    between which a run may be killed at any time and go on later.
     """
 
     def __init__(self, dataset_id: int, name: str) -> None:
-        """Raises UserError for an ID outside 1-999, a name nnU-Net cannot use, a taken ID or an unset variable."""
+        """Raises UserError for an ID outside 1-999, a name nnU-Net cannot use, a taken ID or an unset variable.
+
+        An ID is not taken by a dataset of this name that `finish` made: it can be resumed.
+        """
         if not 1 <= dataset_id <= 999:
             raise UserError(f"-d {dataset_id}: a dataset ID is a number from 1 to 999")
         if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
             raise UserError(f"-n {name}: a dataset name has only letters, digits, '_' and '-'")
         self.folder = nnunet_folder("nnUNet_raw") / f"Dataset{dataset_id:03d}_{name}"
         self.staging = self.folder.with_name(f".partial_{self.folder.name}")
+        ours = (self.folder / OPTIONS).exists() or ((self.staging / OPTIONS).exists() and not self.folder.exists())
         for variable in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
-            for taken in Path(os.environ.get(variable) or os.devnull).glob(f"Dataset{dataset_id:03d}_*"):
-                raise UserError(f"-d {dataset_id}: this ID is taken by {taken}; choose another or remove that folder")
+            for there in Path(os.environ.get(variable) or os.devnull).glob(f"Dataset{dataset_id:03d}_*"):
+                if not (ours and there.name == self.folder.name):
+                    raise UserError(f"-d {dataset_id}: this ID is taken by {there}; choose another, or remove that")
 
     def __enter__(self) -> RawDataset:
+        self.refuse_existing()
         shutil.rmtree(self.staging, ignore_errors=True)
-        try:
+        with writing_to(self.folder.parent):
             self.staging.mkdir(parents=True)
-        except OSError as error:
-            raise UserError(f"nnUNet_raw={self.folder.parent} cannot be written to ({error.strerror})") from None
         return self
 
     def __exit__(self, error_type: type | None, *_: object) -> None:
         if error_type is None:
-            self._write_dataset_json()
-            self.staging.rename(self.folder)
+            self.finish()
         else:
             shutil.rmtree(self.staging, ignore_errors=True)
 
-    def _write_dataset_json(self) -> None:
-        """dataset.json as nnU-Net wants it, with both channels named "CT" so that stock plans keep HU and SUV
-        absolute (DESIGN contract 2), and a reader that brings every image into one orientation (contract 1)."""
+    @property
+    def where(self) -> Path:
+        """The folder that holds what there is of the dataset: the final one if it is complete, else the hidden one."""
+        return self.folder if self.folder.exists() else self.staging
+
+    def refuse_existing(self) -> None:
+        """Raises UserError if the dataset is complete already."""
+        if self.folder.exists():
+            raise UserError(f"{self.folder} is there already; choose another ID or name, or remove that folder")
+
+    def resume(self, options: dict) -> None:
+        """Begin, or go on with what an earlier run left: the hidden folder is there afterwards, the final one not.
+
+        Args:
+            options: what has to be the same for all cases, as JSON.
+
+        Raises:
+            UserError: cases were converted with other options, or nnUNet_raw cannot be written to.
+        """
+        there, options = self.where, json.loads(json.dumps(options))  # as it is when read back
+        if (there / OPTIONS).exists():
+            before = json.loads((there / OPTIONS).read_text(encoding="utf-8"))
+        else:  # what another command left when it was killed
+            self.refuse_existing()
+            shutil.rmtree(self.staging, ignore_errors=True)
+            before = options
+        if before != options and any(there.glob(f"images*/*{FILE_ENDING}")):
+            key = next(k for k in sorted({*before, *options}) if before.get(k) != options.get(k))
+            raise UserError(f"{there} was begun with {key}={before.get(key)}, now it is {options.get(key)}; "
+                            "say the same as before, choose another -d, or remove that folder")  # fmt: skip
+        with writing_to(self.folder.parent):
+            if there == self.folder:
+                self.folder.rename(self.staging)
+            shutil.rmtree(self.staging / ".writing", ignore_errors=True)
+            self.staging.mkdir(parents=True, exist_ok=True)
+            write_text(self.staging, OPTIONS, json.dumps(options, indent=2))
+
+    def finish(self) -> None:
+        """Write dataset.json and put the folder in its place.
+
+        dataset.json is as nnU-Net wants it, with both channels named "CT" so that stock plans keep HU and SUV absolute
+        (DESIGN contract 2), and a reader that brings every image into one orientation (contract 1)."""
         labelled = sorted((self.staging / "labelsTr").glob("*" + FILE_ENDING))
         content = {
             "channel_names": {"0": "CT", "1": "CT"},
@@ -62,22 +120,106 @@ class RawDataset:
             "overwrite_image_reader_writer": "SimpleITKIOWithReorient",
             "fratmae": {"modalities": ["CT", "PET"], "units": ["HU", "SUVbw"]},
         }
-        (self.staging / "dataset.json").write_text(json.dumps(content, indent=2))
+        write_text(self.staging, "dataset.json", json.dumps(content, indent=2))
+        with writing_to(self.folder.parent):
+            shutil.rmtree(self.staging / ".writing", ignore_errors=True)
+            self.staging.rename(self.folder)
 
 
-def write_case(folder: Path, case_id: str, ct: sitk.Image, pet: sitk.Image, lesions: sitk.Image | None) -> None:
-    """Write one case below `folder`: to imagesTr and labelsTr, or to imagesPt where `lesions` is None.
+def write_case(
+    folder: Path, case_id: str, ct: sitk.Image, pet: sitk.Image, lesions: sitk.Image | None, part: str | None = None
+) -> list[str]:
+    """Write one case below `folder`, in canonical orientation; the paths of its files, relative to `folder`.
 
     Args:
         ct: HU, on the grid of `pet`; stored as int16.
         pet: SUVbw in g/ml; stored as float32.
         lesions: label image on the grid of `pet`; stored as uint8.
+        part: one of `PARTS`; without it, "Pt" where `lesions` is None, else "Tr".
+
+    Raises:
+        WriteError: the disk is full, or the like.
+        UserError: the grid cannot be stored in a NIfTI file within 0.01 mm, or "Tr" without lesions.
     """
-    images = folder / ("imagesPt" if lesions is None else "imagesTr")
-    images.mkdir(exist_ok=True)
+    part = part or ("Pt" if lesions is None else "Tr")
+    if part == "Tr" and lesions is None:
+        raise UserError("has no lesion segmentation; add it, or leave the case for pretraining only (--unlabelled)")
     ct = sitk.Cast(sitk.Round(sitk.Clamp(ct, sitk.sitkFloat32, -32768, 32767)), sitk.sitkInt16)
-    sitk.WriteImage(ct, images / f"{case_id}_0000{FILE_ENDING}", True)
-    sitk.WriteImage(sitk.Cast(pet, sitk.sitkFloat32), images / f"{case_id}_0001{FILE_ENDING}", True)
-    if lesions is not None:
-        (folder / "labelsTr").mkdir(exist_ok=True)
-        sitk.WriteImage(sitk.Cast(lesions, sitk.sitkUInt8), folder / "labelsTr" / f"{case_id}{FILE_ENDING}", True)
+    images = {f"images{part}/{case_id}_0000{FILE_ENDING}": ct}
+    images[f"images{part}/{case_id}_0001{FILE_ENDING}"] = sitk.Cast(pet, sitk.sitkFloat32)
+    if lesions is not None and part != "Pt":
+        images[f"labels{part}/{case_id}{FILE_ENDING}"] = sitk.Cast(lesions, sitk.sitkUInt8)
+    for name, image in images.items():
+        _write_nifti(folder, name, canonical(image))
+    return list(images)
+
+
+def remove_case(folder: Path, case_id: str) -> None:
+    """Remove the files that `write_case` may have written for a case, to whichever part."""
+    for part in PARTS:
+        names = [f"images{part}/{case_id}_{channel:04d}" for channel in (0, 1)] + [f"labels{part}/{case_id}"]
+        for name in names:
+            (folder / f"{name}{FILE_ENDING}").unlink(missing_ok=True)
+
+
+@contextmanager
+def writing_to(folder: Path) -> Iterator[None]:
+    """Any OSError within is a WriteError that names `folder`."""
+    try:
+        yield
+    except OSError as error:
+        raise WriteError(f"{folder} cannot be written to ({error.strerror or error}); make room there or permit it, "
+                         "then say the same again") from None  # fmt: skip
+
+
+@contextmanager
+def new_file(folder: Path, name: str) -> Iterator[Path]:
+    """A path to write to, which is renamed to `folder / name` at the end: that file is there whole or not at all.
+
+    It lies in a folder of its own: nnU-Net counts every file in imagesTr that ends in .nii.gz, hidden ones as well.
+
+    Raises:
+        WriteError: the disk is full, or the like.
+    """
+    target = folder / name
+    partial = folder / ".writing" / f"{os.getpid()}_{target.parent.name}_{target.name}"
+    with writing_to(folder):
+        try:
+            for parent in (partial.parent, target.parent):
+                parent.mkdir(exist_ok=True)
+            yield partial
+            os.replace(partial, target)
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
+
+
+def write_text(folder: Path, name: str, text: str) -> None:
+    """Write the file `name` below `folder` whole or not at all (UTF-8)."""
+    with new_file(folder, name) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+def _write_nifti(folder: Path, name: str, image: sitk.Image) -> None:
+    """By nibabel, because ITK (5.4) writes to a full disk without a word. Read back by ITK, as nnU-Net does."""
+    affine = np.eye(4)
+    affine[:3, :3] = np.reshape(image.GetDirection(), (3, 3)) * image.GetSpacing()
+    affine[:3, 3] = image.GetOrigin()
+    affine = np.diag((-1, -1, 1, 1)) @ affine  # ITK and DICOM: left, back, head; NIfTI: right, front, head
+    nifti = nibabel.Nifti1Image(sitk.GetArrayViewFromImage(image).T, affine)
+    nifti.set_qform(affine, "scanner")
+    nifti.set_sform(affine, "scanner")
+    nifti.header.set_xyzt_units("mm")
+    with new_file(folder, name) as partial:
+        nibabel.save(nifti, partial)
+        error = grid_distance(_header_of(partial), image)
+        if not error <= LARGEST_ERROR_MM:
+            raise UserError(f"the grid cannot be stored as NIfTI: voxels would lie {error:.2g} mm off; "
+                            "are origin and spacing right?")  # fmt: skip
+
+
+def _header_of(path: Path) -> sitk.ImageFileReader:
+    reader = sitk.ImageFileReader()
+    reader.SetFileName(str(path))
+    reader.ReadImageInformation()
+    return reader

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -11,18 +11,23 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import nn
 
+from nnunet_fratmae.networks.vit import ViTEncoder
 from nnUNet_raw_conversion.command import UserError
 from plans.contract import CONTRACT_NAME, WEIGHTS_NAME, Contract, expected_shapes, locate_artefact, read_contract
+from plans.units import MODALITIES
 
 NNUNET_NAME = "encoders_nnunet.pth"
 
 
-def save_artefact(folder: Path, encoders: nn.ModuleDict, contract: Contract) -> None:
+def save_artefact(folder: Path, weights: Mapping[str, torch.Tensor], contract: Contract) -> None:
     """Write encoders.safetensors, encoders.json and encoders_nnunet.pth (for stock `-pretrained_weights`).
 
     Each file is written under a temporary name and renamed; the contract comes last.
+
+    Args:
+        weights: state of the encoders, keys CT.* and PET.*.
     """
-    weights = {name: value.detach().cpu().contiguous() for name, value in encoders.state_dict().items()}
+    weights = {name: value.detach().cpu().contiguous() for name, value in weights.items()}
     for_nnunet = {"network_weights": {f"encoders.{name}": value for name, value in weights.items()}}
     writers = {
         WEIGHTS_NAME: lambda path: path.write_bytes(save(weights)),  # not save_file, which hides it from colleagues
@@ -82,6 +87,28 @@ def load_encoders(pretrained: str | Path, encoders: nn.ModuleDict) -> list[str]:
             for modality in encoders
         ),
     ]
+
+
+def load_pretrained(pretrained: str | Path, patch_size: Sequence[int] | None = None) -> nn.ModuleDict:
+    """The encoders "CT" and "PET" of an artefact, in evaluation mode, for any task.
+
+    Each takes volumes (B, 1, H, W, D) in pretraining units (`plans.units.to_units`), axes as the contract says, and
+    gives tokens (B, 1 + N, dim) with the CLS token first; `feature_maps(volume, layers)` gives maps (B, dim, h, w, d).
+
+    Args:
+        patch_size: (H, W, D) voxels, a multiple of the token patch; None: as in pretraining.
+
+    Raises:
+        UserError: as `load_encoders`, or a patch that is no multiple of the token patch.
+    """
+    contract = check_artefact(pretrained)
+    size = contract.patch if patch_size is None else patch_size
+    try:
+        encoders = nn.ModuleDict({m: ViTEncoder(size, contract.token_patch, **contract.encoder) for m in MODALITIES})
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    load_encoders(pretrained, encoders)
+    return encoders.eval()
 
 
 def compare(wanted: Mapping[str, torch.Tensor], given: Mapping[str, torch.Tensor]) -> list[str]:

@@ -33,7 +33,7 @@ def commands(folder: Path) -> list[str]:
         f"fratmae_phantom -d {TRAIN_ID} -n {TRAIN_CASES} --seed 1 --spacing {SPACING}",
         f"fratmae_phantom -d {TEST_ID} -n {TEST_CASES} --seed 2 --spacing {SPACING}",
         f"fratmae_plan_and_preprocess -d {TRAIN_ID} -preset vit_tiny --set {SETTINGS}",
-        f"fratmae_pretrain -d {TRAIN_ID} -device cpu -o {pretraining}",
+        f"fratmae_pretrain -d {TRAIN_ID} -m fratmae_notext -device cpu -o {pretraining}",
         f"nnUNetv2_train {TRAIN_ID} 3d_fullres 0 -tr FratMAETrainer -p FratMAEPlans -device cpu",
         f"nnUNetv2_predict -d {TRAIN_ID} -i {test_images} -o {prediction} -c 3d_fullres -f 0 "
         "-tr FratMAETrainer -p FratMAEPlans -device cpu --disable_tta -npp 1 -nps 1",

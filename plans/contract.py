@@ -29,14 +29,16 @@ class Contract:
     patch: tuple[int, int, int]
     k: int
     method: str
-    """Arm of the pretraining, such as fratmae_notext."""
+    """Arm of the pretraining: fratmae, fratmae_notext, mae or mae_text."""
     text_tower: str | None
+    """Name of ContextAlign's text tower, without the path of a file."""
     epochs: int
     datasets: list[dict[str, Any]]
     """Name, number of cases and licence of every dataset seen."""
     left_out_fold: int | None
     """nnU-Net fold whose validation cases were not seen; null: all cases were."""
     software: dict[str, str]
+    stack: str = "coronal"
     architecture: str = "ViTEncoder"
     modalities: tuple[str, ...] = ("CT", "PET")
     axes: str = AXES

@@ -14,7 +14,7 @@ from typing import Any
 
 from nnUNet_raw_conversion.command import UserError
 from plans.contract import Contract
-from plans.settings import Settings
+from plans.settings import STACKS, Settings
 from plans.units import MODALITIES, PRETRAINING_UNITS, affine_to_units
 
 NETWORK = "nnunet_fratmae.networks.unetr.FratMAEUNETR"
@@ -22,6 +22,8 @@ HWD_FROM_ZYX = (1, 2, 0)  # H, W, D as axes of nnU-Net's array order (z, y, x) =
 
 PAPER_GRID, PAPER_PATCH, PAPER_K = (160, 160, 192), (32, 160, 192), 2
 PAPER_TOKEN = (8, 16, 16)  # 480 tokens for the paper's patch (DESIGN, "The method")
+# Patch and token of a stack. The axial one, as thick and as wide, is for the comparison of the paper's table 2.
+STACK_SIZES = {"coronal": (PAPER_PATCH, PAPER_TOKEN), "axial": ((160, 160, 32), (16, 16, 8))}
 MIN_TOKENS = 128  # below this a patch says too little; small studies get smaller tokens
 MAX_BATCH = 16  # the paper's, on 4 x 40 GB
 REFERENCE_BATCH = 2  # patches of the paper's size that a training step holds by default, as nnU-Net's own minimum
@@ -124,17 +126,18 @@ def choose_sizes(settings: Settings, median: Sequence[int]) -> Settings:
 
     The paper's sizes where the data allow, smaller ones for smaller studies.
     """
-    token = settings.token_patch or _choose_token(median)
-    patch = settings.finetune.patch or cover(median, token, cover(PAPER_PATCH, token))
+    whole = settings.wholebody
+    axis, (largest, _) = STACKS[whole.stack], STACK_SIZES[whole.stack]
+    token = settings.token_patch or _choose_token(median, whole.stack)
+    patch = settings.finetune.patch or cover(median, token, cover(largest, token))
     batch = settings.finetune.batch_size
     if batch is None:
         fitting = round(REFERENCE_BATCH * math.prod(PAPER_PATCH) / math.prod(patch))
         batch = min(max(fitting, REFERENCE_BATCH), MAX_BATCH)
-    whole = settings.wholebody
     grid = whole.grid or cover(median, token, cover(PAPER_GRID, token))
-    k = whole.k or (PAPER_K if grid[0] >= PAPER_K * PAPER_PATCH[0] else 1)
-    # A coronal slab of whole tokens, over the whole width and length of the body
-    room = zip((grid[0] // k, *grid[1:]), PAPER_PATCH, token, strict=True)
+    k = whole.k or (PAPER_K if grid[axis] >= PAPER_K * largest[axis] else 1)
+    # A slab of whole tokens over the whole of the other two axes
+    room = zip((g // k if i == axis else g for i, g in enumerate(grid)), largest, token, strict=True)
     slab = whole.patch or tuple(max(t, min(available, limit) // t * t) for available, limit, t in room)
     return replace(
         settings,
@@ -144,10 +147,10 @@ def choose_sizes(settings: Settings, median: Sequence[int]) -> Settings:
     )
 
 
-def _choose_token(median: Sequence[int]) -> tuple[int, int, int]:
-    token = PAPER_TOKEN
+def _choose_token(median: Sequence[int], stack: str) -> tuple[int, int, int]:
+    largest, token = STACK_SIZES[stack]
     while min(token) > 2:
-        patch = cover(median, token, PAPER_PATCH)
+        patch = cover(median, token, largest)
         if math.prod(p // t for p, t in zip(patch, token, strict=True)) >= MIN_TOKENS:
             break
         token = tuple(t // 2 for t in token)

@@ -7,6 +7,7 @@ import contextlib
 import io
 import json
 import os
+import shutil
 from pathlib import Path
 
 from nnUNet_raw_conversion.command import UserError, find_dataset, nnunet_folder, run_command
@@ -65,6 +66,8 @@ def plan_and_preprocess(raw: Path, settings: Settings, processes: int) -> None:
     preprocessed = nnunet_folder("nnUNet_preprocessed") / raw.name
     store = preprocessed / plans["configurations"]["wholebody"]["data_identifier"]
     write_store(store, studies, plans, dataset_json, processes)
+    if (raw / "clinical.csv").is_file():  # beside dataset.json, which nnU-Net copies in the same way
+        shutil.copyfile(raw / "clinical.csv", preprocessed / "clinical.csv")
     _summary(preprocessed, plans, dataset_id, labelled)
 
 

@@ -10,6 +10,10 @@ from typing import Any
 from nnUNet_raw_conversion.command import UserError
 
 TOKEN_SIDES = (1, 2, 4, 8, 16)
+STACKS = {"coronal": 0, "axial": 2}
+"""The axis of (H, W, D) along which the slices of a patch are stacked."""
+METHODS = ("fratmae", "fratmae_notext", "mae", "mae_text")
+"""Arms of the paper's table 3: cross-modal or each modality alone, with ContextAlign or without."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +35,7 @@ class Preset:
 
 
 PRESETS = {
+    "vit_l": Preset(1024, 24, 16, decoder_dim=512, decoder_depth=8, decoder_heads=16, unetr_features=32),
     "vit_b": Preset(768, 12, 12, decoder_dim=512, decoder_depth=8, decoder_heads=16, unetr_features=32),
     "vit_s": Preset(384, 12, 6, decoder_dim=256, decoder_depth=4, decoder_heads=8, unetr_features=16),
     "vit_tiny": Preset(192, 12, 3, decoder_dim=128, decoder_depth=2, decoder_heads=4, unetr_features=16),
@@ -51,55 +56,104 @@ class WholeBody:
     patch: tuple[int, int, int] | None = None
     """Voxels (H, W, D) of a training patch, coronal slices along H; null: chosen, at most 32 160 192."""
     k: int | None = None
-    """A patch takes every k-th of k * patch[0] neighbouring coronal slices; null: chosen, 2 as in the paper."""
+    """A patch takes every k-th of k * n neighbouring slices of the stack; null: chosen, 2 as in the paper."""
+    stack: str = "coronal"
+    """Which slices a patch is a stack of: coronal (along H), or axial (along D) for the comparison of table 2."""
 
     def __post_init__(self) -> None:
+        require(self.stack in STACKS, f"wholebody.stack must be one of {', '.join(STACKS)}")
         if None not in (self.grid, self.patch, self.k):
-            h, w, d = self.patch
-            fits = self.k >= 1 and h * self.k <= self.grid[0] and w <= self.grid[1] and d <= self.grid[2]
+            steps = [self.k if axis == STACKS[self.stack] else 1 for axis in range(3)]
+            fits = self.k >= 1 and all(p * s <= g for p, s, g in zip(self.patch, steps, self.grid, strict=True))
             require(fits, f"wholebody.patch {self.patch} with k={self.k} does not fit in wholebody.grid {self.grid}")
 
 
 @dataclass(frozen=True)
 class Pretrain:
-    """Stage 1 (paper sections 2.1 and 2.4)."""
+    """Stage 1 (paper sections 2.1, 2.2 and 2.4)."""
 
+    method: str = "fratmae"
+    """fratmae; fratmae_notext: without ContextAlign; mae: each modality masked and reconstructed alone; mae_text."""
     epochs: int = 30
     """Passes over the training cases."""
     patches_per_case: int | None = None
     """Patches that an epoch draws from each case; null: 1 as in the paper, more where cases are so few that an epoch
     would have less than 50 steps (the paper's has 54)."""
     batch_size: int = 24
-    """Patches of an optimiser step."""
+    """Patches of an optimiser step, over all GPUs and accumulated passes."""
+    micro_batch_size: int | None = None
+    """Patches of one pass on one GPU; null: batch_size divided by the GPUs. Smaller saves memory; the contrastive loss
+    then has fewer negatives, those of one pass on all GPUs."""
     learning_rate: float = 1e-4
     """Highest learning rate of AdamW, followed by a cosine to zero."""
     weight_decay: float = 0.05
     """Of AdamW; biases, norms and the CLS token have none."""
     warmup_epochs: float = 1.0
     """Linear rise of the learning rate over so many epochs."""
+    clip: float = 1.0
+    """Longest gradient (norm over all weights) of a step."""
     mask_ratio: float = 0.5
     """Share of the masked modality's tokens that is masked."""
     decoder_block: str = "cross_self"
     """cross_self: self-attention, cross-attention, MLP; cross: without the self-attention."""
+    text_tower: str = "ViT-B-32-quickgelu"
+    """Of ContextAlign: a model name of open_clip, a local folder of open_clip or of a Hugging Face text model."""
+    text_weights: str | None = "openai"
+    """Weights of a named text tower: a tag of open_clip or a local file; null: a folder has its own."""
+    text_frozen: bool = True
+    """Whether the text tower is left as it is (its embeddings are computed once) or trained along."""
+    text_weight: float = 1.0
+    """Weight of the contrastive loss beside the reconstruction."""
+    temperature: float = 0.07
+    """At the start of the contrastive loss; learned, at least 0.01."""
+    mirror: bool = True
+    """Mirror half of the patches left-right."""
+    pet_scale: float = 0.1
+    """Spread (log-normal) of a factor on the whole PET: calibration and uptake time differ by so much."""
+    ct_shift: float = 10.0
+    """Spread (normal, HU) of an offset on the whole CT above air: scanners and tube voltages differ by so much."""
+    dataset_weights: tuple[float, ...] | None = None
+    """How often cases of each dataset of -d are drawn, relative to each other; null: every case alike."""
+    store: str = "disk"
+    """disk: patches are read as they are needed; memory: all studies are held in the memory of the device."""
+    shuffle_partner: bool = False
+    """A control experiment: the whole modality comes from another patient of the batch."""
     held_out: float = 0.1
     """Share of the cases kept aside, with fixed masks, for the curve and the picture."""
+    picture_every: int = 5
+    """Epochs between pictures; the last epoch always has one."""
+    keep_every: int | None = None
+    """Epochs between checkpoints that are kept beside the latest and the best; null: none."""
     workers: int = 2
     """Processes that load patches."""
     seed: int = 0
     """Of the weights, the patches, the masks and the held-out cases."""
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size"):
+        for name in ("epochs", "batch_size", "picture_every"):
             require(getattr(self, name) >= 1, f"pretrain.{name} must be at least 1")
-        require((self.patches_per_case or 1) >= 1, "pretrain.patches_per_case must be at least 1")
-        require(self.learning_rate > 0, "pretrain.learning_rate must be above 0")
-        require(self.weight_decay >= 0, "pretrain.weight_decay must not be negative")
-        require(self.seed >= 0, "pretrain.seed must not be negative")
+        for name in ("patches_per_case", "micro_batch_size", "keep_every"):
+            require((getattr(self, name) or 1) >= 1, f"pretrain.{name} must be at least 1")
+        for name in ("learning_rate", "clip", "temperature"):
+            require(getattr(self, name) > 0, f"pretrain.{name} must be above 0")
+        for name in ("weight_decay", "seed", "warmup_epochs", "workers", "text_weight", "pet_scale", "ct_shift"):
+            require(getattr(self, name) >= 0, f"pretrain.{name} must not be negative")
+        for name, words in (("method", METHODS), ("decoder_block", ("cross_self", "cross")),
+                            ("store", ("disk", "memory"))):  # fmt: skip
+            require(getattr(self, name) in words, f"pretrain.{name} must be one of {', '.join(words)}")
         require(0 < self.mask_ratio < 1, "pretrain.mask_ratio must lie between 0 and 1")
-        require(self.decoder_block in ("cross_self", "cross"), "pretrain.decoder_block must be cross_self or cross")
         require(0 <= self.held_out < 1, "pretrain.held_out must be at least 0 and below 1")
-        require(self.warmup_epochs >= 0, "pretrain.warmup_epochs must not be negative")
-        require(self.workers >= 0, "pretrain.workers must not be negative")
+        weights = self.dataset_weights
+        require(weights is None or (min(weights) >= 0 and sum(weights) > 0), "pretrain.dataset_weights must not be "
+                "negative, and one of them above 0")  # fmt: skip
+
+    @property
+    def is_cross_modal(self) -> bool:
+        return self.method.startswith("fratmae")
+
+    @property
+    def has_text(self) -> bool:
+        return self.method in ("fratmae", "mae_text")
 
 
 @dataclass(frozen=True)
@@ -233,13 +287,17 @@ def _build(cls: type, block: dict[str, Any], prefix: str) -> Any:
 def _typed(value: Any, annotation: str, name: str) -> Any:
     if value is None and "None" in annotation:
         return None
+    if annotation.startswith("tuple[float"):
+        require(isinstance(value, list) and all(type(v) in (int, float) for v in value), f"{name}={value}: must be "
+                "numbers such as [1,0.5]")  # fmt: skip
+        return tuple(float(v) for v in value)
     if annotation.startswith("tuple"):
         is_triple = isinstance(value, list) and len(value) == 3 and all(type(v) is int and v > 0 for v in value)
         require(is_triple, f"{name}={value}: must be three whole numbers above 0, such as [32,160,192]")
         return tuple(value)
-    kind = {"int": int, "float": float, "str": str}[annotation.split(" ")[0]]
+    kind = {"int": int, "float": float, "str": str, "bool": bool}[annotation.split(" ")[0]]
     if kind is float and type(value) is int:
         return float(value)
-    words = {int: "a whole number", float: "a number", str: "text"}
+    words = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
     require(type(value) is kind, f"{name}={json.dumps(value)}: must be {words[kind]}")
     return value

@@ -29,6 +29,12 @@ PRETRAINING_UNITS = {
 }
 
 
+def to_units(modality: str, values: Any) -> Any:
+    """Pretraining units of an array or tensor in HU ("CT") or SUVbw ("PET")."""
+    u = PRETRAINING_UNITS[modality]
+    return (values.clip(u.lower, u.upper) - u.mean) / u.std
+
+
 def units_contract() -> dict[str, dict[str, Any]]:
     """The units as plain JSON, as they stand in an artefact's contract."""
     return {modality: asdict(units) for modality, units in PRETRAINING_UNITS.items()}

@@ -2,33 +2,47 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import blosc2
 import numpy as np
 import torch
+from torch import Tensor
 from torch.utils.data import Dataset
+from tqdm import tqdm
 
+from nnUNet_raw_conversion.clinical import prompt, read_clinical
 from nnUNet_raw_conversion.command import UserError
 from plans.extension import find_modalities
+from plans.settings import STACKS, Pretrain, WholeBody
+from plans.units import PRETRAINING_UNITS
+
+Key = tuple[int, int]
+"""(epoch, index): everything random about a sample is a function of the seed and this key."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """One study of a grid store: its file, its name and which of its channels are CT and PET."""
+    """One study of a grid store: its file, its name, which of its channels are CT and PET, its metadata as text."""
 
     path: Path
     name: str
     channels: tuple[int, int]
+    prompt: str | None = None
+
+    @property
+    def dataset(self) -> str:
+        return self.name.split("/")[0]
 
 
 def list_cases(preprocessed: Path, plans: dict[str, Any], dataset_json: dict[str, Any]) -> list[Case]:
-    """All studies in the grid store of a preprocessed dataset, by name.
+    """All studies in the grid store of a preprocessed dataset, by name, with their prompts from clinical.csv.
 
     Raises:
-        UserError: the store is missing or empty.
+        UserError: the store is missing or empty, or clinical.csv is wrong.
     """
     store = preprocessed / plans["configurations"]["wholebody"]["data_identifier"]
     ct, pet = find_modalities(dataset_json)
@@ -36,66 +50,180 @@ def list_cases(preprocessed: Path, plans: dict[str, Any], dataset_json: dict[str
     if not files:
         dataset_id = int(preprocessed.name[7:10])
         raise UserError(f"{store}: no studies there; run fratmae_plan_and_preprocess -d {dataset_id} again")
-    return [Case(f, f"{preprocessed.name}/{f.stem}", (ct, pet)) for f in files]
+    table = preprocessed / "clinical.csv"
+    records = read_clinical(table) if table.is_file() else {}
+    prompts = {case_id: prompt(record) or None for case_id, record in records.items()}
+    return [Case(f, f"{preprocessed.name}/{f.stem}", (ct, pet), prompts.get(f.stem)) for f in files]
 
 
-def crop_start(length: int, extent: int, draw: float) -> int:
-    """First index of a window of `extent` in `length`; `draw` in [0, 1) moves it over all places."""
-    return int(draw * (length - extent + 1))
+# ------------------------------------------------------------------------------------- what is drawn for one patch
 
 
-class WholeBodyPatches(Dataset):
-    """Random coronal patches; sample `i` of epoch `e` is a function of (seed, e, i) alone, so any run can be resumed.
+class View(NamedTuple):
+    """One patch of one case: which slices, which window of them, and how it is changed."""
 
-    A patch takes every k-th of k * patch[0] neighbouring coronal slices, at a random place and phase, and is
-    mirrored left-right half of the time. Only the slices that are used are read.
-    """
+    case: int
+    window: tuple[slice, slice, slice]
+    """Of the grid's axes (H, W, D); the stack's axis has a step of k."""
+    mirrored: bool
+    pet_factor: float
+    ct_offset: float
+    """In pretraining units."""
 
-    def __init__(
-        self, cases: list[Case], patch: tuple[int, int, int], k: int, patches_per_case: int, seed: int, augment: bool
-    ) -> None:
-        self.cases, self.patch, self.k, self.seed, self.augment = cases, patch, k, seed, augment
-        self.patches_per_case = patches_per_case
 
-    def __len__(self) -> int:
-        return len(self.cases) * self.patches_per_case
+class Views:
+    """Draws views; `self(key)` is the same for the same seed and key, so any run can be resumed."""
 
-    def __getitem__(self, key: tuple[int, int]) -> torch.Tensor:
-        """The patch of sample `index` in `epoch`, key = (epoch, index): (2, *patch) CT and PET, float32."""
+    def __init__(self, weights: np.ndarray | None, cases: int, whole: WholeBody, options: Pretrain) -> None:
+        """`weights` (cases,): probability of each case; None: each case `patches_per_case` times an epoch."""
+        self.cases, self.whole, self.options = cases, whole, options
+        self.cumulative = None if weights is None else np.cumsum(weights / weights.sum())
+
+    def __call__(self, key: Key) -> View:
         epoch, index = key
-        place, phase, w, d, mirror = np.random.default_rng((self.seed, epoch, index)).random(5)
-        case = self.cases[index % len(self.cases)]
-        volume = blosc2.open(str(case.path), mode="r")
-        _, height, width, depth = volume.shape
-        if not self.augment:  # the middle of the body, seen the same way each time
-            place, phase, w, d, mirror = 0.5, 0.0, 0.5, 0.5, 1.0
-        first = crop_start(height, self.k * self.patch[0], place) + int(phase * self.k)
-        columns = slice(start := crop_start(width, self.patch[1], w), start + self.patch[1])
-        rows = slice(start := crop_start(depth, self.patch[2], d), start + self.patch[2])
-        patch = np.empty((2, *self.patch), dtype=np.float32)
-        for modality, channel in enumerate(case.channels):
-            for i in range(self.patch[0]):
-                patch[modality, i] = volume[channel, first + i * self.k, columns, rows]
-        if mirror < 0.5:
-            patch = patch[:, :, ::-1].copy()
-        return torch.from_numpy(patch)
+        generator = np.random.default_rng((self.options.seed, epoch, index))
+        pick, *places, mirror = generator.random(6)
+        scale, shift = generator.standard_normal(2)
+        case = index % self.cases
+        if self.cumulative is not None:
+            case = min(int(np.searchsorted(self.cumulative, pick, side="right")), self.cases - 1)
+        return View(
+            case,
+            window(self.whole, places),
+            self.options.mirror and mirror < 0.5,
+            float(np.exp(self.options.pet_scale * scale)),
+            float(self.options.ct_shift * shift / PRETRAINING_UNITS["CT"].std),
+        )
+
+    def middle(self, case: int) -> View:
+        """The middle of a case as it is: what a held-out case always shows."""
+        return View(case, window(self.whole, (0.5, 0.5, 0.5, 0.0)), False, 1.0, 0.0)
 
 
-class EpochBatches:
-    """Batch sampler: a shuffled pass over all samples, different in every epoch and the same for the same seed.
+def window(whole: WholeBody, draws: Sequence[float]) -> tuple[slice, slice, slice]:
+    """The voxels of a patch: every k-th of k * n neighbouring slices of the stack, at a random place and phase.
 
-    The last batch is filled up from the start of the pass, so that every step has `batch_size` patches.
+    Args:
+        draws: four numbers in [0, 1): places along H, W and D, and the phase.
+    """
+    *places, phase = draws
+    slices = []
+    for axis, (length, extent, place) in enumerate(zip(whole.grid, whole.patch, places, strict=True)):
+        k = whole.k if axis == STACKS[whole.stack] else 1
+        first = int(place * (length - k * extent + 1)) + int(phase * k)
+        slices.append(slice(first, first + k * (extent - 1) + 1, k))
+    return slices[0], slices[1], slices[2]
+
+
+def augment(patch: Tensor, view: View) -> Tensor:
+    """Mirror left-right, scale the PET, shift the CT above air; patch (2, H, W, D) in pretraining units, changed in
+    place. Zero stays zero: air and padding have no uptake and no density to be off by."""
+    if view.mirrored:
+        patch = patch.flip(2)
+    patch[1] *= view.pet_factor
+    patch[0] = torch.where(patch[0] > 0, (patch[0] + view.ct_offset).clamp_min(0), patch[0])
+    return patch
+
+
+# ------------------------------------------------------------------------------------------------ where patches are
+
+
+def read_patch(case: Case, window: tuple[slice, slice, slice]) -> Tensor:
+    """(2, *patch) CT and PET, float32; of a coronal stack only the slices that are used are read."""
+    volume = blosc2.open(str(case.path), mode="r")
+    rows, columns, heights = window
+    first = range(rows.start, rows.stop, rows.step or 1)
+    patch = np.empty((2, len(first), *(len(range(s.start, s.stop, s.step or 1)) for s in window[1:])), np.float32)
+    for modality, channel in enumerate(case.channels):
+        for i, row in enumerate(first):  # the store's chunks are coronal slices
+            plane = volume[channel, row, columns.start : columns.stop, heights.start : heights.stop]
+            patch[modality, i] = plane[:: columns.step or 1, :: heights.step or 1]
+    return torch.from_numpy(patch)
+
+
+class DiskPatches(Dataset):
+    """Patches of keys, read when they are needed: ((2, *patch), number of the case)."""
+
+    def __init__(self, cases: list[Case], views: Views) -> None:
+        self.cases, self.views = cases, views
+
+    def __getitem__(self, key: Key) -> tuple[Tensor, int]:
+        view = self.views(key)
+        return augment(read_patch(self.cases[view.case], view.window), view), view.case
+
+
+class MemoryPatches:
+    """All studies in the memory of a device as float16; iterating gives batches ((B, 2, *patch), cases (B,)).
+
+    1,292 studies of 160x160x192 voxels are 25 GB.
     """
 
-    def __init__(self, samples: int, batch_size: int, seed: int) -> None:
-        self.samples, self.batch_size, self.seed = samples, batch_size, seed
-        self.epoch = 0
+    def __init__(self, cases: list[Case], views: Views, batches: Batches, device: torch.device) -> None:
+        self.views, self.batches, self.device = views, batches, device
+        shape = (len(cases), 2, *views.whole.grid)
+        try:
+            self.volumes = torch.empty(shape, dtype=torch.float16, device=device)
+        except RuntimeError:
+            needed = np.prod(shape, dtype=float) * 2 / 1e9
+            raise UserError(f"pretrain.store=memory: {len(cases)} studies need {needed:.1f} GB on {device}; use "
+                            "pretrain.store=disk") from None  # fmt: skip
+        for number, case in enumerate(tqdm(cases, "Studies to memory")):
+            volume = blosc2.open(str(case.path), mode="r")[:][list(case.channels)]
+            self.volumes[number] = torch.from_numpy(volume).to(device)
 
     def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for keys in self.batches:
+            views = [self.views(key) for key in keys]
+            patches = [augment(self.volumes[v.case][(slice(None), *v.window)].float(), v) for v in views]
+            yield torch.stack(patches), torch.tensor([v.case for v in views])
+
+
+class Batches:
+    """The passes of one process through an epoch, as lists of keys; a sampler for DataLoader.
+
+    An epoch is a shuffled pass over all samples, different in every epoch and the same for the same seed; the last
+    step is filled up from the start. A step of `batch_size` samples is cut into passes of `micro` samples for each of
+    `world` processes, so the steps are the same on any number of GPUs.
+    """
+
+    def __init__(self, samples: int, batch_size: int, micro: int, rank: int, world: int, seed: int) -> None:
+        self.samples, self.batch_size, self.seed = samples, batch_size, seed
+        self.passes = batch_size // (micro * world)
+        self.places = [slice((p * world + rank) * micro, (p * world + rank + 1) * micro) for p in range(self.passes)]
+        self.epoch, self.first_step = 0, 0
+
+    @property
+    def steps(self) -> int:
+        """Optimiser steps of an epoch."""
         return -(-self.samples // self.batch_size)
 
-    def __iter__(self):
+    def __len__(self) -> int:
+        return (self.steps - self.first_step) * self.passes
+
+    def __iter__(self) -> Iterator[list[Key]]:
         order = np.random.default_rng((self.seed, self.epoch)).permutation(self.samples)
-        order = np.resize(order, len(self) * self.batch_size)
-        for batch in order.reshape(len(self), self.batch_size):
-            yield [(self.epoch, int(index)) for index in batch]
+        order = np.resize(order, self.steps * self.batch_size).reshape(self.steps, self.batch_size)
+        for step in order[self.first_step :]:
+            for place in self.places:
+                yield [(self.epoch, int(index)) for index in step[place]]
+
+
+def case_weights(
+    cases: list[Case], datasets: list[str], dataset_weights: tuple[float, ...] | None
+) -> np.ndarray | None:
+    """How often each case is drawn, (cases,), from the weights of the datasets; None: each alike.
+
+    Raises:
+        UserError: not one weight a dataset.
+    """
+    if dataset_weights is None:
+        return None
+    if len(dataset_weights) != len(datasets):
+        raise UserError(f"pretrain.dataset_weights: has {len(dataset_weights)} weights for {len(datasets)} datasets; "
+                        "give one for each in the order of -d")  # fmt: skip
+    counts = [sum(case.dataset == name for case in cases) for name in datasets]
+    numbers = [datasets.index(case.dataset) for case in cases]
+    return np.array([dataset_weights[number] / counts[number] for number in numbers])

@@ -1,38 +1,42 @@
-"""The training loop of stage 1: AdamW with warm-up and cosine, held-out curve, checkpoints, export."""
+"""The training loop of stage 1: any number of GPUs, checkpoints, held-out curve, export (paper section 2.4)."""
 
 from __future__ import annotations
 
-import json
 import math
-import os
-import pickle
 import platform
+import signal
+import sys
 import time
-from dataclasses import replace
+from collections.abc import Iterator
+from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from lightning_fabric import Fabric
+from lightning_fabric.strategies import DDPStrategy
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from nnunet_fratmae.artefact import save_artefact
 from nnUNet_raw_conversion.command import UserError
 from plans.contract import Contract
-from plans.preprocessed import PLANS_NAME
 from plans.settings import Settings
 from plans.units import MODALITIES
-from pretraining.data import Case, EpochBatches, WholeBodyPatches
-from pretraining.fratmae import FratMAE, patchify, random_masking, reconstruction_loss, unpatchify
-from pretraining.report import plot_progress, plot_reconstruction
+from pretraining.checkpoint import BEST, LATEST, load_latest, save
+from pretraining.data import Batches, Case, DiskPatches, MemoryPatches, Views, case_weights
+from pretraining.evaluation import evaluate, evaluate_retrieval, hold_out_patches
+from pretraining.export import export
+from pretraining.fratmae import FratMAE, Objective, partner, random_masking
+from pretraining.monitor import Monitor
 
-LATEST = "checkpoint_latest.pth"
+if TYPE_CHECKING:  # open_clip takes seconds to import, and two of the four arms do without it
+    from pretraining.context_align import ContextAlign
+    from pretraining.text import TextTower
+
 BETAS = (0.9, 0.95)  # MAE of He et al., appendix A
-CLIP = 1.0  # of the gradient's norm
 STEPS_OF_AN_EPOCH = 50  # at least, where patches_per_case is left open; 1,292 cases in batches of 24 are 54
 
 
@@ -41,7 +45,7 @@ def build_model(settings: Settings) -> FratMAE:
     torch.manual_seed(settings.pretrain.seed)
     sizes = settings.sizes
     decoder = {"dim": sizes.decoder_dim, "depth": sizes.decoder_depth, "num_heads": sizes.decoder_heads}
-    decoder["block"] = settings.pretrain.decoder_block
+    decoder["block"] = settings.pretrain.decoder_block if settings.pretrain.is_cross_modal else "self"
     return FratMAE(settings.wholebody.patch, settings.token_patch, sizes.encoder, decoder)
 
 
@@ -68,12 +72,19 @@ def hold_out(cases: list[Case], share: float, seed: int) -> tuple[list[Case], li
     return [c for i, c in enumerate(cases) if i not in held], [c for i, c in enumerate(cases) if i in held]
 
 
-def draw_mask(shape: torch.Size, tokens: int, ratio: float, key: tuple[int, ...]) -> tuple[str, Tensor, Tensor]:
-    """The masked modality and the tokens kept and masked of one step; the same for the same key."""
+def draw_masks(
+    batch: int, tokens: int, ratio: float, is_cross_modal: bool, key: tuple[int, ...]
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """Tokens to keep and to mask, (B, n) and (B, m), of each modality that is masked in this step.
+
+    One modality, drawn at random for the whole batch (paper section 2.1), or both where each is reconstructed alone.
+    The same for the same key.
+    """
     seed = int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1)
     generator = torch.Generator().manual_seed(seed)
-    modality = MODALITIES[int(torch.randint(2, (1,), generator=generator))]
-    return modality, *random_masking(shape[0], tokens, ratio, generator)
+    drawn = MODALITIES[int(torch.randint(2, (1,), generator=generator))]
+    modalities = (drawn,) if is_cross_modal else MODALITIES
+    return {modality: random_masking(batch, tokens, ratio, generator) for modality in modalities}
 
 
 def choose_patches(settings: Settings, cases: int) -> Settings:
@@ -85,196 +96,349 @@ def choose_patches(settings: Settings, cases: int) -> Settings:
     return replace(settings, pretrain=replace(options, patches_per_case=patches))
 
 
-def pretrain(
-    folder: Path,
-    settings: Settings,
-    cases: list[Case],
-    licences: dict[str, Any],
-    fold: int | None,
-    device: str,
-    resume: bool,
-) -> None:
-    """Train, with a checkpoint, a curve and a picture after every epoch, and export the encoders at the end.
+def choose_micro_batch(options: Any, batch_size: int, world: int) -> int:
+    """Patches of one pass on one GPU.
 
     Raises:
-        UserError: nothing to resume, a run that is there already, other settings or cases than those of the run, a
-            loss that is not finite.
+        UserError: the batch cannot be cut into equal passes.
     """
-    software = {package: version(package) for package in ("torch", "timm", "nnunetv2", "nnunet-fratmae")}
-    train_cases, held_out = hold_out(cases, settings.pretrain.held_out, settings.pretrain.seed)
-    settings = choose_patches(settings, len(train_cases))
-    options = settings.pretrain
-    is_bf16 = device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    fabric = Fabric(accelerator=device, devices=1, precision="bf16-mixed" if is_bf16 else "32-true")
-    fabric.launch()
-    model = build_model(settings)
-    optimizer = torch.optim.AdamW(parameter_groups(model, options.weight_decay), lr=options.learning_rate, betas=BETAS)
-    identity = _identity(settings, train_cases, held_out)
-    checkpoint = _load_checkpoint(folder, identity, resume)
-    history: list[dict[str, Any]] = []
-    if checkpoint:
-        model.load_state_dict(checkpoint["model"])
-        history = checkpoint["history"]
-    model, optimizer = fabric.setup(model, optimizer)
-    if checkpoint:
-        optimizer.load_state_dict(checkpoint["optimizer"])
-    folder.mkdir(parents=True, exist_ok=True)
-    patches = WholeBodyPatches(
-        train_cases, settings.wholebody.patch, settings.wholebody.k, options.patches_per_case, options.seed, True
-    )
-    batches = EpochBatches(len(patches), min(options.batch_size, len(patches)), options.seed)
-    loader = fabric.setup_dataloaders(
-        DataLoader(patches, batch_sampler=batches, num_workers=options.workers, persistent_workers=options.workers > 0),
-        use_distributed_sampler=False,
-    )
-    _introduce(folder, settings, model, train_cases, held_out, len(batches))
-    with tqdm(total=options.epochs * len(batches), initial=len(history) * len(batches), desc="Pretraining") as bar:
-        for epoch in range(len(history), options.epochs):
-            batches.epoch = epoch
-            row = _train_epoch(fabric, model, optimizer, loader, settings, epoch, bar)
-            row |= evaluate(fabric, model, held_out, settings, folder / "reconstruction.png", epoch)
-            history.append(row)
-            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "history": history}
-            _save(state | {"identity": identity}, folder / LATEST)
-            (folder / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in history))
-            plot_progress(history, folder / "progress.png")
-    _export(folder, settings, model, cases, licences, fold, software)
+    micro = options.micro_batch_size or batch_size // world
+    if micro < 1 or batch_size % (micro * world):
+        raise UserError(f"pretrain.batch_size {batch_size} cannot be cut into passes of {max(micro, 1)} patches on "
+                        f"{world} GPUs; choose pretrain.batch_size or pretrain.micro_batch_size anew")  # fmt: skip
+    return micro
 
 
-def _train_epoch(
-    fabric: Fabric, model: nn.Module, optimizer: Any, loader: Any, settings: Settings, epoch: int, bar: tqdm
-) -> dict[str, Any]:
-    options, steps = settings.pretrain, len(loader)
-    model.train()
-    losses: dict[str, list[float]] = {modality: [] for modality in MODALITIES}
-    start = time.perf_counter()
-    for step, image in enumerate(loader):
-        tokens = math.prod(model.grid)
-        modality, keep, masked = draw_mask(image.shape, tokens, options.mask_ratio, (options.seed, epoch, step))
-        keep, masked = fabric.to_device(keep), fabric.to_device(masked)
-        done = epoch * steps + step
-        rate = learning_rate(done, options.epochs * steps, round(options.warmup_epochs * steps), options.learning_rate)
-        for group in optimizer.param_groups:
+class Pretraining:
+    """One run: `run` trains, with a checkpoint after every epoch, and exports the encoders at the end."""
+
+    def __init__(
+        self,
+        folder: Path,
+        settings: Settings,
+        cases: list[Case],
+        licences: dict[str, Any],
+        fold: int | None,
+        fabric: Fabric,
+        resume: bool,
+    ) -> None:
+        """Raises UserError: nothing to resume, a run that is there already, other settings or cases than the run's."""
+        self.folder, self.cases, self.licences, self.fold, self.fabric = folder, cases, licences, fold, fabric
+        # Now, not at the end: a package may be updated during the weeks of a run
+        self.software = {package: version(package) for package in ("torch", "timm", "nnunetv2", "nnunet-fratmae")}
+        self.train, held_out = hold_out(cases, settings.pretrain.held_out, settings.pretrain.seed)
+        self.settings = settings = choose_patches(settings, len(self.train))
+        self.options = options = settings.pretrain
+        self.identity = _identity(settings, self.train, held_out)
+        checkpoint = self._checkpoint(resume)
+        tower, align, self.embeddings = prepare_text(settings, cases, fabric)
+        self.prompts = sorted({case.prompt for case in cases if case.prompt})
+        model = build_model(settings)
+        self.tokens, self.token_patch = math.prod(model.grid), model.token_patch
+        self.text_tower_name = None if tower is None else tower.name
+        trained_tower = tower if tower is not None and not options.text_frozen else None
+        objective = Objective(model, align, trained_tower, options.text_weight)
+        optimizer = torch.optim.AdamW(
+            parameter_groups(objective, options.weight_decay), lr=options.learning_rate, betas=BETAS
+        )
+        self.history: list[dict[str, Any]] = []
+        self.epoch, self.step, self.sums = 0, 0, _empty_sums()
+        if checkpoint:
+            objective.load_state_dict(checkpoint["model"])
+            self.history, self.epoch = checkpoint["history"], checkpoint["epoch"]
+            self.step, self.sums = checkpoint["step"], checkpoint["sums"]
+        self.objective, self.optimizer = fabric.setup(objective, optimizer)
+        if checkpoint:
+            self.optimizer.load_state_dict(checkpoint["optimizer"])
+        self.held_out = hold_out_patches(held_out, settings, self.token_patch)
+        self._prepare_loader()
+        self.signal: int | None = None
+
+    @property
+    def model(self) -> FratMAE:
+        return self.objective.module.fratmae
+
+    @property
+    def align(self) -> ContextAlign | None:
+        return self.objective.module.context_align
+
+    def run(self) -> None:
+        """Raises UserError: a loss that is not finite, or a checkpoint that cannot be written."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        monitor = Monitor(self.folder, self.settings, self.fabric) if self.fabric.is_global_zero else None
+        if monitor:
+            monitor.introduce(self.model, self.train, self.held_out, self.batches.steps)
+        self._listen()
+        steps = self.batches.steps
+        done = self.epoch * steps + self.step
+        is_quiet = not self.fabric.is_global_zero
+        try:
+            with tqdm(total=self.options.epochs * steps, initial=done, desc="Pretraining", disable=is_quiet) as bar:
+                while self.epoch < self.options.epochs:
+                    row = self._train_epoch(bar)
+                    if monitor:
+                        self.history.append(row | self._judge())
+                        monitor.log(self.history, self.held_out)
+                        self._picture(monitor)
+                    self.epoch, self.step, self.sums = self.epoch + 1, 0, _empty_sums()
+                    self._keep()
+        finally:
+            self.loader = None  # ends its processes, which do not listen to signals
+        if monitor:
+            monitor.close()
+            export(self._state(), self.folder)
+            print(f"encoders, contract and model card: {self.folder}")
+            print(f"next: FRATMAE_PRETRAINED={self.folder} nnUNetv2_train ID 3d_fullres 0 -tr FratMAETrainer "
+                  "[-p FratMAEPlans]")  # fmt: skip
+
+    def _picture(self, monitor: Monitor) -> None:
+        is_last = self.epoch + 1 == self.options.epochs
+        if self.held_out is not None and (is_last or self.epoch % self.options.picture_every == 0):
+            with self.fabric.autocast(), torch.no_grad():
+                monitor.picture(self.model, self.held_out, self.epoch)
+
+    # ------------------------------------------------------------------------------------------------------- an epoch
+
+    def _train_epoch(self, bar: tqdm) -> dict[str, Any]:
+        self.objective.train()
+        self.batches.epoch, self.batches.first_step = self.epoch, self.step
+        start, waited, first_step = time.perf_counter(), 0.0, self.step
+        passes = iter(self.loader)
+        while self.step < self.batches.steps:
+            waited += self._train_step(passes)
+            self.step += 1
+            bar.update()
+            bar.set_postfix_str(f"epoch {self.epoch} " + " ".join(
+                f"{name} {value:.3f}" for name, value in self.last.items()))  # fmt: skip
+            if self._is_asked_to_stop():
+                self._keep()
+                name = signal.Signals(self.signal or signal.SIGTERM).name
+                print(f"\n{name}: saved after step {self.step} of epoch {self.epoch}; go on with --c", file=sys.stderr)
+                sys.exit(128 + (self.signal or signal.SIGTERM))
+        seconds = time.perf_counter() - start
+        means = {f"train_{name}": total / count if count else None for name, (total, count) in self.sums.items()}
+        return {
+            "epoch": self.epoch, **means, "learning_rate": self.optimizer.param_groups[0]["lr"], "seconds": seconds,
+            "patches_per_second": (self.step - first_step) * self.batches.batch_size / seconds,
+            "data_wait": waited / seconds,
+        }  # fmt: skip
+
+    def _train_step(self, passes: Iterator) -> float:
+        """One optimiser step; the seconds spent waiting for data."""
+        options, steps = self.options, self.batches.steps
+        key = (options.seed, self.epoch, self.step)
+        masks = draw_masks(
+            self.batches.batch_size, self.tokens, options.mask_ratio, options.is_cross_modal, key
+        )  # of the whole batch, so that they do not depend on the number of GPUs
+        rate = learning_rate(self.epoch * steps + self.step, options.epochs * steps,
+                             round(options.warmup_epochs * steps), options.learning_rate)  # fmt: skip
+        for group in self.optimizer.param_groups:
             group["lr"] = rate
-        prediction = model(image, modality, keep)
-        volume = image[:, MODALITIES.index(modality)][:, None]
-        loss = reconstruction_loss(prediction, volume, masked, model.token_patch)
+        self.optimizer.zero_grad(set_to_none=True)
+        waited, parts = 0.0, {}
+        for number, place in enumerate(self.batches.places):
+            start = time.perf_counter()
+            image, cases = next(passes)
+            waited += time.perf_counter() - start
+            is_last = number + 1 == len(self.batches.places)
+            with self.fabric.no_backward_sync(self.objective, enabled=not is_last):
+                loss, losses = self.objective(*self._inputs(image, cases, masks, place))
+                self._check(loss, cases)
+                self.fabric.backward(loss / len(self.batches.places))
+            for name, value in losses.items():
+                parts[name] = parts.get(name, 0.0) + value.detach() / len(self.batches.places)
+        norm = self.fabric.clip_gradients(
+            self.objective, self.optimizer, max_norm=options.clip, error_if_nonfinite=False
+        )
+        self.optimizer.step()
+        self.last = {name: self.fabric.all_reduce(value).item() for name, value in parts.items()}
+        for name, value in (*self.last.items(), ("gradient_norm", float(norm))):
+            total, count = self.sums[name]
+            self.sums[name] = (total + value, count + 1)
+        return waited
+
+    def _inputs(self, image: Tensor, cases: Tensor, masks: dict[str, Any], place: slice) -> tuple:
+        """Arguments of the objective for one pass."""
+        keep, masked = ({m: self.fabric.to_device(pair[i][place]) for m, pair in masks.items()} for i in (0, 1))
+        if self.options.shuffle_partner:
+            number = MODALITIES.index(partner(next(iter(masks))))
+            image[:, number] = image[:, number].roll(1, dims=0)
+        image = self.fabric.to_device(image)
+        if self.align is None:
+            return image, keep, masked
+        prompts = [self.train[i].prompt for i in cases.tolist()]
+        ids = torch.tensor([self.prompts.index(p) if p else -1 for p in prompts], device=image.device)
+        if self.options.text_frozen:
+            nothing = torch.zeros_like(next(iter(self.embeddings.values())))
+            text = torch.stack([self.embeddings[p] if p else nothing for p in prompts]).to(image.device)
+        else:
+            text = [p or "" for p in prompts]
+        return image, keep, masked, text, ids
+
+    def _check(self, loss: Tensor, cases: Tensor) -> None:
         if not torch.isfinite(loss):
-            raise UserError(f"the loss is {loss.item()} in epoch {epoch}, step {step}; the last good weights are in "
-                            f"{LATEST}; look for broken images or lower pretrain.learning_rate")  # fmt: skip
-        optimizer.zero_grad(set_to_none=True)
-        fabric.backward(loss)
-        fabric.clip_gradients(model, optimizer, max_norm=CLIP, error_if_nonfinite=False)
-        optimizer.step()
-        losses[modality].append(loss.item())
-        bar.update()
-        bar.set_postfix_str(f"epoch {epoch} {modality} {losses[modality][-1]:.3f}")
-    seconds = time.perf_counter() - start
-    means = {f"train_{m}": float(np.mean(values)) if values else None for m, values in losses.items()}
-    speed = steps * loader.batch_sampler.batch_size / seconds
-    return {"epoch": epoch, **means, "learning_rate": rate, "seconds": seconds, "patches_per_second": speed}
+            names = ", ".join(sorted({self.train[i].name for i in cases.tolist()}))
+            raise UserError(f"the loss is {loss.item()} in epoch {self.epoch}, step {self.step}, with the cases "
+                            f"{names}; the last good weights are in {LATEST}; look for broken images or lower "
+                            "pretrain.learning_rate")  # fmt: skip
+
+    def _judge(self) -> dict[str, float]:
+        if self.held_out is None:
+            return {}
+        self.objective.eval()
+        with self.fabric.autocast():
+            row = evaluate(self.model, self.held_out, self.options.is_cross_modal, self.fabric.device)
+            if self.align is not None:
+                text = self.embeddings or self._embed_held_out()
+                row |= evaluate_retrieval(self.model, self.align, self.held_out, text, self.fabric.device)
+        return row
+
+    def _embed_held_out(self) -> dict[str, Tensor]:
+        """Embeddings of the held-out prompts by a text tower that is trained along."""
+        from pretraining.text import embed_prompts
+
+        return embed_prompts(self.objective.module.text_tower, [c.prompt for c in self.held_out.cases if c.prompt])
+
+    # ---------------------------------------------------------------------------------------------------- surroundings
+
+    def _prepare_loader(self) -> None:
+        options, fabric = self.options, self.fabric
+        samples = len(self.train) * options.patches_per_case
+        batch_size = min(options.batch_size, samples)
+        micro = choose_micro_batch(options, batch_size, fabric.world_size)
+        weights = case_weights(self.train, list(self.licences), options.dataset_weights)
+        views = Views(weights, len(self.train), self.settings.wholebody, options)
+        self.batches = Batches(samples, batch_size, micro, fabric.global_rank, fabric.world_size, options.seed)
+        if options.store == "memory":
+            self.loader: Any = MemoryPatches(self.train, views, self.batches, fabric.device)
+            return
+        self.loader = DataLoader(
+            DiskPatches(self.train, views), batch_sampler=self.batches, num_workers=options.workers,
+            persistent_workers=options.workers > 0, pin_memory=fabric.device.type == "cuda",
+            worker_init_fn=_ignore_signals,
+        )  # fmt: skip
+
+    def _listen(self) -> None:
+        """SIGTERM and SIGUSR1 (SLURM, nnssl's habit) end the run after the step, with a checkpoint."""
+
+        def note(number: int, _: Any) -> None:
+            self.signal = number
+
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, note)
+
+    def _is_asked_to_stop(self) -> bool:
+        if self.fabric.world_size == 1:
+            return self.signal is not None
+        asked = torch.tensor(float(self.signal is not None), device=self.fabric.device)
+        return self.fabric.all_reduce(asked, reduce_op="sum").item() > 0
+
+    def _keep(self) -> None:
+        """The latest checkpoint, and the best one where this epoch was the best."""
+        if not self.fabric.is_global_zero:
+            return
+        state = self._state()
+        save(state, self.folder / LATEST)
+        if self.step:
+            return
+        errors = [_mean_error(row) for row in self.history]
+        if errors[-1] is not None and errors[-1] == min(e for e in errors if e is not None):
+            save(state, self.folder / BEST)
+        if self.options.keep_every and self.epoch % self.options.keep_every == 0:
+            save(state, self.folder / f"checkpoint_epoch_{self.epoch:04d}.pth")
+
+    def _state(self) -> dict[str, Any]:
+        return {
+            "model": self.objective.module.state_dict(), "optimizer": self.optimizer.state_dict(),
+            "history": self.history, "epoch": self.epoch, "step": self.step, "sums": self.sums,
+            "identity": self.identity, "contract": asdict(self._contract()),
+        }  # fmt: skip
+
+    def _checkpoint(self, resume: bool) -> dict[str, Any] | None:
+        if not resume:
+            if (self.folder / LATEST).is_file():
+                raise UserError(f"{self.folder}: there is a pretraining already; go on with --c or give another folder "
+                                "with -o")  # fmt: skip
+            return None
+        checkpoint = load_latest(self.folder)
+        if checkpoint["identity"]["settings"] != self.identity["settings"]:
+            raise UserError(f"--c: the run in {self.folder} was begun with other settings; give the same -m, -preset "
+                            "and --set")  # fmt: skip
+        if checkpoint["identity"] != self.identity:
+            raise UserError(f"--c: the run in {self.folder} was begun with other cases; give the same -d and -f")
+        return checkpoint
+
+    def _contract(self) -> Contract:
+        names, whole = [case.dataset for case in self.cases], self.settings.wholebody
+        return Contract(
+            preset=self.settings.preset, **self.settings.sizes.encoder, token_patch=self.settings.token_patch,
+            grid=whole.grid, patch=whole.patch, k=whole.k, stack=whole.stack, method=self.options.method,
+            text_tower=self.text_tower_name, epochs=self.options.epochs,
+            datasets=[{"name": n, "cases": names.count(n), "licence": c} for n, c in self.licences.items()],
+            left_out_fold=self.fold, software={"python": platform.python_version()} | self.software,
+        )  # fmt: skip
 
 
-@torch.no_grad()
-def evaluate(
-    fabric: Fabric, model: nn.Module, cases: list[Case], settings: Settings, picture: Path, epoch: int
-) -> dict[str, float]:
-    """Masked MSE of both modalities on the held-out cases, with the same patch and mask of each case every time."""
-    if not cases:
-        return {}
-    model.eval()
-    patches = WholeBodyPatches(cases, settings.wholebody.patch, settings.wholebody.k, 1, 0, augment=False)
-    errors: dict[str, list[float]] = {modality: [] for modality in MODALITIES}
-    rows = []
-    for index in range(len(cases)):
-        image = fabric.to_device(patches[0, index][None])
-        for number, modality in enumerate(MODALITIES):
-            generator = torch.Generator().manual_seed(2 * index + number)
-            keep, masked = random_masking(1, math.prod(model.grid), settings.pretrain.mask_ratio, generator)
-            keep, masked = fabric.to_device(keep), fabric.to_device(masked)
-            prediction = model(image, modality, keep)
-            volume = image[:, number : number + 1]
-            errors[modality].append(reconstruction_loss(prediction, volume, masked, model.token_patch).item())
-            if index == 0:
-                rows.append(_picture_row(modality, volume, prediction, masked, model))
-    plot_reconstruction(rows, picture, f"held-out case, epoch {epoch}, half of the tokens of one modality masked")
-    return {f"held_out_{modality}": float(np.mean(values)) for modality, values in errors.items()}
+def _ignore_signals(_: int) -> None:
+    """A signal to the whole process group must not take the loading processes away from a run that is saving."""
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
 
 
-def _picture_row(modality: str, volume: Tensor, prediction: Tensor, masked: Tensor, model: nn.Module) -> dict[str, Any]:
-    is_masked = torch.zeros_like(patchify(volume, model.token_patch))
-    is_masked.scatter_(1, masked.unsqueeze(-1).expand(-1, -1, is_masked.shape[-1]), 1.0)
-    arrays = {"truth": volume, "masked": is_masked, "prediction": prediction.float()}
-    for name in ("masked", "prediction"):
-        arrays[name] = unpatchify(arrays[name], model.grid, model.token_patch)
-    arrays = {name: value[0, 0].cpu().numpy() for name, value in arrays.items()}
-    return {"modality": modality, **arrays, "masked": arrays["masked"] > 0}
+def make_fabric(device: str, gpus: int, nodes: int, is_cross_modal: bool) -> Fabric:
+    """Launched Fabric on `gpus` GPUs (or CPU processes) of each of `nodes` nodes; torchrun and SLURM are found."""
+    is_bf16 = device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    # The decoder of the modality that is whole rests in a step
+    strategy = DDPStrategy(find_unused_parameters=is_cross_modal) if gpus * nodes > 1 else "auto"
+    fabric = Fabric(
+        accelerator=device, devices=gpus, num_nodes=nodes, strategy=strategy,
+        precision="bf16-mixed" if is_bf16 else "32-true",
+    )  # fmt: skip
+    fabric.launch()
+    return fabric
 
 
-def _introduce(
-    folder: Path, settings: Settings, model: nn.Module, train: list[Case], held_out: list[Case], steps: int
-) -> None:
-    millions = sum(p.numel() for p in model.parameters()) / 1e6
-    whole = settings.wholebody
-    print(f"FratMAE {settings.preset}: {millions:.1f} M parameters, patch {list(whole.patch)} of every {whole.k}. "
-          f"coronal slice, {math.prod(model.grid)} tokens of {list(settings.token_patch)}")  # fmt: skip
-    print(f"{len(train)} cases to train, {len(held_out)} held out; {settings.pretrain.epochs} epochs of {steps} steps")
-    print(f"output: {folder}")
+def prepare_text(
+    settings: Settings, cases: list[Case], fabric: Fabric
+) -> tuple[TextTower | None, ContextAlign | None, dict[str, Tensor]]:
+    """The text tower, ContextAlign, and the embedding of every prompt where the tower is frozen; nothing without text.
+
+    Raises:
+        UserError: no case has metadata, or the tower cannot be loaded.
+    """
+    options = settings.pretrain
+    if not options.has_text:
+        return None, None, {}
+    from pretraining.context_align import ContextAlign
+    from pretraining.text import embed_prompts, load_tower
+
+    prompts = sorted({case.prompt for case in cases if case.prompt})
+    if not prompts:
+        raise UserError(f"-m {options.method}: no case has metadata to align with; give the converter a clinical.csv "
+                        "and plan again, or say -m fratmae_notext")  # fmt: skip
+    with fabric.rank_zero_first():  # which fetches the weights for all
+        tower = load_tower(options.text_tower, options.text_weights)
+    align = ContextAlign(settings.sizes.embed_dim, tower.dim, temperature=options.temperature)
+    return tower, align, embed_prompts(tower.to(fabric.device), prompts) if options.text_frozen else {}
+
+
+def _empty_sums() -> dict[str, tuple[float, int]]:
+    """Sum and count of each loss (and of the gradient's norm) over the steps of an epoch."""
+    return dict.fromkeys((*MODALITIES, "text", "gradient_norm"), (0.0, 0))
+
+
+def _mean_error(row: dict[str, Any]) -> float | None:
+    values = [row.get(f"held_out_{modality}") for modality in MODALITIES]
+    return None if None in values else sum(values) / len(values)
 
 
 def _identity(settings: Settings, train: list[Case], held_out: list[Case]) -> dict[str, Any]:
-    """What makes a run this run: all that shapes its result. The number of loading processes and the settings of
-    fine-tuning may change between a run and its resumption."""
+    """What makes a run this run: all that shapes its result. What only shapes its speed may change between a run and
+    its resumption, and so may the settings of fine-tuning."""
     block = settings.to_json()
-    block["pretrain"].pop("workers")
+    speed = ["workers", "store", "picture_every", "keep_every"]
+    # The negatives of the contrastive loss are those of one pass
+    for name in speed if settings.pretrain.has_text else [*speed, "micro_batch_size"]:
+        block["pretrain"].pop(name)
     kept = {key: block[key] for key in ("preset", "token_patch", "wholebody", "pretrain")}
     return {"settings": kept, "train": [c.name for c in train], "held_out": [c.name for c in held_out]}
-
-
-def _load_checkpoint(folder: Path, identity: dict[str, Any], resume: bool) -> dict[str, Any] | None:
-    path = folder / LATEST
-    if not resume:
-        if path.is_file():
-            raise UserError(f"{folder}: there is a pretraining already; go on with --c or give another folder with -o")
-        return None
-    if not path.is_file():
-        raise UserError(f"--c: no {LATEST} in {folder}; start without --c")
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, OSError) as error:
-        raise UserError(f"{path}: cannot be read ({type(error).__name__}); the file is damaged or cut off") from error
-    if checkpoint["identity"]["settings"] != identity["settings"]:
-        raise UserError(f"--c: the run in {folder} was begun with other settings; give the same -preset and --set")
-    if checkpoint["identity"] != identity:
-        raise UserError(f"--c: the run in {folder} was begun with other cases; give the same -d and -f")
-    return checkpoint
-
-
-def _save(state: dict[str, Any], path: Path) -> None:
-    """Write a checkpoint under a temporary name, then rename it, so that there is always a whole one."""
-    partial = path.with_name(f".partial_{path.name}")
-    torch.save(state, partial)
-    os.replace(partial, path)
-
-
-def _export(
-    folder: Path,
-    settings: Settings,
-    model: nn.Module,
-    cases: list[Case],
-    licences: dict[str, Any],
-    fold: int | None,
-    software: dict[str, str],
-) -> None:
-    names = [case.name.split("/")[0] for case in cases]
-    whole = settings.wholebody
-    contract = Contract(
-        preset=settings.preset, **settings.sizes.encoder, token_patch=settings.token_patch,
-        grid=whole.grid, patch=whole.patch, k=whole.k,
-        method="fratmae_notext", text_tower=None, epochs=settings.pretrain.epochs,
-        datasets=[{"name": n, "cases": names.count(n), "licence": licence} for n, licence in licences.items()],
-        left_out_fold=fold, software={"python": platform.python_version()} | software,
-    )  # fmt: skip
-    save_artefact(folder, model.encoders, contract)
-    print(f"encoders and their contract: {folder}")
-    print(f"next: FRATMAE_PRETRAINED={folder} nnUNetv2_train ID 3d_fullres 0 -tr FratMAETrainer [-p {PLANS_NAME}]")

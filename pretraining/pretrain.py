@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 
 from nnUNet_raw_conversion.command import UserError, find_dataset, nnunet_folder, run_command
+from plans.extension import choose_sizes
 from plans.preprocessed import PLANS_NAME, load_plans, validation_cases
-from plans.settings import Settings, add_arguments, override, require
+from plans.settings import METHODS, STACKS, Settings, add_arguments, override, require
 
 RUN_NAME = f"FratMAEPretraining__{PLANS_NAME}__wholebody"
 
@@ -16,7 +18,12 @@ def main() -> None:
     """Entry point of the command."""
     parser = argparse.ArgumentParser(prog="fratmae_pretrain", description=__doc__)
     parser.add_argument("-d", nargs="+", type=int, required=True, metavar="ID", help="dataset IDs")
+    parser.add_argument("-m", choices=METHODS, help="arm: FratMAE, without text, MAE of each modality alone, with text "
+                        "(default: as planned, fratmae)")  # fmt: skip
+    parser.add_argument("--stack", choices=list(STACKS), help="patches of coronal slices (default) or axial ones")
     parser.add_argument("-device", choices=("cuda", "cpu"), default="cuda", help="default: cuda")
+    parser.add_argument("-num_gpus", type=int, default=1, metavar="N", help="GPUs of this node (with cpu: processes)")
+    parser.add_argument("-num_nodes", type=int, default=1, metavar="N", help="nodes, under SLURM or torchrun")
     parser.add_argument("-f", type=int, metavar="FOLD", help="leave out the validation cases of this nnU-Net fold")
     parser.add_argument("-o", type=Path, metavar="FOLDER", help="output (default: below nnUNet_results)")
     parser.add_argument("--c", action="store_true", help="continue from the latest checkpoint")
@@ -25,20 +32,20 @@ def main() -> None:
 
 
 def _run(args: argparse.Namespace) -> None:
-    folder = args.o or _default_output(args.d, args.f)
+    for name in ("num_gpus", "num_nodes"):
+        if getattr(args, name) < 1:
+            raise UserError(f"-{name} {getattr(args, name)}: give at least 1")
     datasets = [find_dataset("nnUNet_preprocessed", dataset_id) for dataset_id in args.d]
     loaded = [load_plans(preprocessed) for preprocessed in datasets]
-    settings = Settings.from_json(loaded[0][0]["fratmae"])
-    if args.preset:
-        settings = override(settings, [f"preset={args.preset}"])
-    settings = override(settings, args.set)
+    settings = _settings(loaded[0][0]["fratmae"], args)
+    folder = args.o or _default_output(args.d, args.f, settings)
     _check_grids(datasets, [plans for plans, _ in loaded], settings)
 
     # Here and not above: torch takes seconds to import, and an error above should not
     import torch
 
     from pretraining.data import list_cases
-    from pretraining.engine import pretrain
+    from pretraining.engine import Pretraining, make_fabric
 
     if args.device == "cuda" and not torch.cuda.is_available():
         raise UserError("-device cuda: no GPU can be used here; say -device cpu")
@@ -47,13 +54,31 @@ def _run(args: argparse.Namespace) -> None:
         left_out = set() if args.f is None else validation_cases(preprocessed, plans, args.f)
         cases += [c for c in list_cases(preprocessed, plans, dataset_json) if c.path.stem not in left_out]
     licences = {p.name: dataset_json.get("licence") for p, (_, dataset_json) in zip(datasets, loaded, strict=True)}
-    pretrain(folder, settings, cases, licences, args.f, args.device, args.c)
+    fabric = make_fabric(args.device, args.num_gpus, args.num_nodes, settings.pretrain.is_cross_modal)
+    Pretraining(folder, settings, cases, licences, args.f, fabric, args.c).run()
 
 
-def _default_output(dataset_ids: list[int], fold: int | None) -> Path:
-    """Below the results of the first dataset; the other datasets and the fold are in the name."""
+def _settings(block: dict, args: argparse.Namespace) -> Settings:
+    """The planned settings with what the command line says."""
+    settings = Settings.from_json(block)
+    preset, method = ([f"{key}={value}"] if value else [] for key, value in (("preset", args.preset),
+                                                                           ("pretrain.method", args.m)))  # fmt: skip
+    settings = override(settings, preset + method)
+    if args.stack and args.stack != settings.wholebody.stack:
+        open_sizes = replace(settings.wholebody, stack=args.stack, patch=None, k=None)
+        finetune = replace(settings.finetune, patch=None)
+        settings = replace(settings, token_patch=None, wholebody=open_sizes, finetune=finetune)
+    settings = override(settings, args.set)
+    require(settings.wholebody.grid is not None, "wholebody.grid must have a value here")
+    return choose_sizes(settings, settings.wholebody.grid)
+
+
+def _default_output(dataset_ids: list[int], fold: int | None, settings: Settings) -> Path:
+    """Below the results of the first dataset; other datasets, another arm than FratMAE and the fold are in the name."""
     others = "".join(f"_{dataset_id:03d}" for dataset_id in dataset_ids[1:])
-    name = RUN_NAME + (f"__with{others}" if others else "") + ("" if fold is None else f"__fold_{fold}")
+    arm = "" if settings.pretrain.method == METHODS[0] else f"__{settings.pretrain.method}"
+    arm += "" if settings.wholebody.stack == "coronal" else f"__{settings.wholebody.stack}"
+    name = RUN_NAME + arm + (f"__with{others}" if others else "") + ("" if fold is None else f"__fold_{fold}")
     return nnunet_folder("nnUNet_results") / find_dataset("nnUNet_preprocessed", dataset_ids[0]).name / name
 
 
@@ -66,6 +91,3 @@ def _check_grids(datasets: list[Path], all_plans: list[dict], settings: Settings
             raise UserError(f"{preprocessed.name}: its whole-body grid is {list(grid)}, not {wanted}; run "
                             f"fratmae_plan_and_preprocess -d {int(preprocessed.name[7:10])} "
                             f"--set wholebody.grid={wanted}")  # fmt: skip
-    for name in ("patch", "k"):
-        require(getattr(settings.wholebody, name) is not None, f"wholebody.{name} must have a value here")
-    require(settings.token_patch is not None, "token_patch must have a value here")

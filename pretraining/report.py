@@ -1,88 +1,139 @@
-"""Pictures of a pretraining: the loss curve, and masked input, reconstruction and truth of a held-out patch."""
+"""Pictures of a pretraining: the curves, and masked input, reconstruction and truth of a held-out patch."""
 
 from __future__ import annotations
 
-import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
-import numpy as np  # noqa: E402
-from matplotlib.figure import Figure  # noqa: E402
+from nnUNet_raw_conversion.pictures import HU_WINDOW, SUV_WINDOW, save_figure
+from plans.units import PRETRAINING_UNITS
 
-from plans.units import PRETRAINING_UNITS  # noqa: E402
-
-WINDOWS = {"CT": ("gray", -200.0, 300.0), "PET": ("gray_r", 0.0, 7.0)}  # soft tissue; SUV as nuclear physicians read it
-
-
-def save_figure(figure: Figure, path: Path) -> None:
-    """Write a PNG under a temporary name and rename it."""
-    partial = path.with_name(f".partial_{path.name}")
-    figure.savefig(partial, dpi=110, bbox_inches="tight", facecolor="white", format="png")
-    plt.close(figure)
-    os.replace(partial, path)
+SHOWN = {"CT": ("gray", *HU_WINDOW), "PET": ("gray_r", *SUV_WINDOW)}
+COLOURS = {"CT": "tab:blue", "PET": "tab:red"}
 
 
 def plot_progress(history: list[dict[str, Any]], path: Path) -> None:
-    """Masked MSE of CT and PET over the epochs, training and held-out, and the learning rate."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 3.8))
-    epochs = [row["epoch"] for row in history]
-    for modality, colour in (("CT", "tab:blue"), ("PET", "tab:red")):
-        for part, style in (("train", "--"), ("held_out", "-")):
-            values = [row.get(f"{part}_{modality}") for row in history]
-            if any(v is not None for v in values):
-                series = [np.nan if v is None else v for v in values]
-                left.plot(epochs, series, style, color=colour, label=f"{modality} {part.replace('_', '-')}", marker=".")
-    left.set(xlabel="epoch", ylabel="MSE on masked tokens", yscale="log", title="reconstruction, in pretraining units")
-    left.legend()
-    left.grid(alpha=0.3)
-    right.plot(epochs, [row["learning_rate"] for row in history], color="black")
-    right.set(xlabel="epoch", ylabel="learning rate")
-    right.grid(alpha=0.3)
-    figure.tight_layout()
+    """Curves over the epochs: masked MSE with the guesses it must beat, cross-modal gain, retrieval, gradient norm."""
+    figure = Figure(figsize=(13, 7.5), layout="constrained")
+    (error, gain), (text, step) = figure.subplots(2, 2)
+    for modality, colour in COLOURS.items():
+        _curve(error, history, f"train_{modality}", f"{modality} train", color=colour, linestyle="--")
+        _curve(error, history, f"held_out_{modality}", f"{modality} held out", color=colour, marker=".")
+        _curve(error, history, f"mean_guess_{modality}", f"{modality} mean of the visible", color=colour, alpha=0.35)
+        _curve(error, history, f"copy_guess_{modality}", f"{modality} nearest visible voxel", color=colour, alpha=0.35,
+               linestyle=":")  # fmt: skip
+        _curve(gain, history, f"gain_{modality}", modality, color=colour, marker=".")
+    error.set(ylabel="MSE on masked tokens", yscale="log", title="reconstruction, in pretraining units")
+    gain.axhline(0, color="black", linewidth=0.8)
+    gain.set(ylabel="1 - MSE / MSE with another patient", title="cross-modal gain, held out")
+    _curve(text, history, "train_text", "InfoNCE, train", color="tab:green", linestyle="--")
+    for name, style in (("top1", "-"), ("top5", "--"), ("chance1", ":"), ("majority", "-.")):
+        _curve(text, history, f"retrieval_{name}", f"{name}, held out", color="tab:purple", linestyle=style)
+    text.set(title="PET and text")
+    _curve(step, history, "gradient_norm", "gradient norm", color="tab:orange")
+    _curve(step, history, "data_wait", "share of time waiting for data", color="tab:brown")
+    step.set(title="steps")
+    for axes in (error, gain, text, step):
+        axes.set_xlabel("epoch")
+        axes.grid(alpha=0.3)
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(fontsize=7)
     save_figure(figure, path)
 
 
-def plot_reconstruction(rows: list[dict[str, Any]], path: Path, title: str) -> None:
-    """A middle coronal slice of each modality: truth, masked input, reconstruction of the masked tokens, difference.
+def _curve(axes: Axes, history: list[dict[str, Any]], key: str, label: str, **style: Any) -> None:
+    values = [np.nan if row.get(key) is None else row[key] for row in history]
+    if not np.isnan(values).all():
+        axes.plot([row["epoch"] for row in history], values, label=label, **style)
+
+
+def plot_reconstruction(
+    rows: list[dict[str, Any]], attention: dict[str, Any] | None, stack: int, path: Path, title: str
+) -> None:
+    """Each modality in the middle slice and as a projection: masked input, reconstruction, truth, difference.
 
     Args:
         rows: one per modality with `modality` and the arrays `truth`, `masked` (boolean, true where masked) and
             `prediction`, all (H, W, D) in pretraining units. Shown in HU and SUV.
+        attention: `map` (h, w, d) of one PET token's look at the CT's tokens, its place `token`, `token_patch` and the
+            `ct` patch (H, W, D); None without cross-attention.
+        stack: axis of the slices.
     """
-    figure, axes = plt.subplots(len(rows), 4, figsize=(11, 4.2 * len(rows)), squeeze=False, layout="constrained")
-    for panels, row in zip(axes, rows, strict=True):
+    lines = 2 * len(rows) + (attention is not None)
+    figure = Figure(figsize=(11, 3.4 * lines), layout="constrained")
+    panels = figure.subplots(lines, 4, squeeze=False)
+    for number, row in enumerate(rows):
         units = PRETRAINING_UNITS[row["modality"]]
-        cmap, low, high = WINDOWS[row["modality"]]
-        middle = row["truth"].shape[0] // 2
-        truth, masked, prediction = (coronal(row[name][middle]) for name in ("truth", "masked", "prediction"))
-        truth, prediction = (x * units.std + units.mean for x in (truth, prediction))
-        filled = np.where(masked, prediction, truth)
-        pictures = {
-            f"{row['modality']}: truth ({units.unit})": truth,
-            "what the encoder sees": np.ma.masked_where(masked, truth),
-            "reconstruction": filled,
+        truth, prediction = (row[name] * units.std + units.mean for name in ("truth", "prediction"))
+        filled = np.where(row["masked"], prediction, truth)
+        middle = truth.shape[stack] // 2
+        views = {
+            "slice": lambda volume, at=middle: volume.take(at, axis=stack),
+            "projection": lambda volume: volume.max(axis=stack),
         }
-        for panel, (name, picture) in zip(panels, pictures.items(), strict=False):
-            panel.set_facecolor("tab:olive")
-            panel.imshow(picture, cmap=cmap, vmin=low, vmax=high)
-            panel.set_title(name, fontsize=9)
-        limit = (high - low) / 2
-        panels[3].imshow(filled - truth, cmap="coolwarm", vmin=-limit, vmax=limit)
-        panels[3].set_title(f"difference (±{limit:g} {units.unit})", fontsize=9)
-        for panel in panels:
-            panel.set_xticks([])
-            panel.set_yticks([])
+        for line, (view, project) in zip(panels[2 * number : 2 * number + 2], views.items(), strict=True):
+            what = f"{row['modality']} {view}"
+            _reconstruction(line, what, project, truth, row["masked"], filled, row["modality"], stack)
+    if attention is not None:
+        _attention(panels[-1], attention, stack)
+    for panel in panels.flat:
+        panel.set_xticks([])
+        panel.set_yticks([])
     figure.suptitle(title, fontsize=10)
     save_figure(figure, path)
 
 
-def coronal(plane: np.ndarray) -> np.ndarray:
-    """A (W, D) plane as a picture: head up, the patient's right on the viewer's left.
+def _reconstruction(
+    line: Sequence[Axes], what: str, project: Any, truth: np.ndarray, masked: np.ndarray, filled: np.ndarray,
+    modality: str, stack: int,
+) -> None:  # fmt: skip
+    cmap, low, high = SHOWN[modality]
+    unit = PRETRAINING_UNITS[modality].unit
+    seen = np.ma.masked_invalid(project(np.where(masked, -np.inf, truth)))
+    pictures = {f"{what}, truth ({unit})": project(truth), "what the encoder sees": seen,
+                "reconstruction": project(filled)}  # fmt: skip
+    for panel, (name, picture) in zip(line, pictures.items(), strict=False):
+        panel.set_facecolor("tab:olive")
+        panel.imshow(upright(picture, stack), cmap=cmap, vmin=low, vmax=high)
+        panel.set_title(name, fontsize=9)
+    limit = (high - low) / 2
+    difference = upright(project(filled) - project(truth), stack)
+    line[3].imshow(difference, cmap="coolwarm", vmin=-limit, vmax=limit)
+    line[3].set_title(f"difference (±{limit:g} {unit})", fontsize=9)
 
-    nnU-Net's SimpleITKIOWithReorient lets W run to the right of the patient and D to the head.
+
+def _attention(line: Sequence[Axes], attention: dict[str, Any], stack: int) -> None:
+    """The CT at the token's slice, the token, and how much it looks at each token of the CT: there, and summed up."""
+    units, patch, token = PRETRAINING_UNITS["CT"], attention["token_patch"], attention["token"]
+    cmap, low, high = SHOWN["CT"]
+    at = token[stack] * patch[stack] + patch[stack] // 2
+    slice_of_ct = upright((attention["ct"] * units.std + units.mean).take(at, axis=stack), stack)
+    there = np.zeros(attention["map"].shape)
+    there[token] = 1
+    maps = {
+        "the hottest masked PET token": there.take(token[stack], axis=stack),
+        "where it looks in the CT, its slices": attention["map"].take(token[stack], axis=stack),
+        "over all slices": attention["map"].sum(axis=stack),
+    }
+    line[0].imshow(slice_of_ct, cmap=cmap, vmin=low, vmax=high)
+    line[0].set_title("CT there", fontsize=9)
+    sides = [p for axis, p in enumerate(patch) if axis != stack]
+    for panel, (name, picture) in zip(line[1:], maps.items(), strict=True):
+        panel.imshow(slice_of_ct, cmap=cmap, vmin=low, vmax=high)
+        panel.imshow(upright(np.kron(picture, np.ones(sides)), stack), cmap="inferno", alpha=0.55)
+        panel.set_title(name, fontsize=9)
+
+
+def upright(plane: np.ndarray, stack: int) -> np.ndarray:
+    """A slice as a picture, the patient's right on the viewer's left: coronal (W, D) with the head up, axial (H, W)
+    with the front up.
+
+    nnU-Net's SimpleITKIOWithReorient lets H run to the front, W to the patient's right and D to the head.
     """
-    return plane[::-1, ::-1].T
+    return plane[::-1, ::-1].T if stack == 0 else plane[::-1, ::-1]
+

@@ -45,6 +45,15 @@ class Workspace:
         return output
 
 
+@pytest.fixture
+def raw(tmp_path, monkeypatch) -> Path:
+    """A folder for nnUNet_raw; the other two variables are not set."""
+    for variable in ("nnUNet_preprocessed", "nnUNet_results"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setenv("nnUNet_raw", str(tmp_path / "raw"))
+    return tmp_path / "raw"
+
+
 @pytest.fixture(scope="session")
 def phantoms(tmp_path_factory) -> Workspace:
     """Six coarse phantoms (ID 7) planned with a tiny network, and two more (ID 8) that nobody trains on."""
@@ -59,5 +68,5 @@ def phantoms(tmp_path_factory) -> Workspace:
 def pretraining(phantoms: Workspace) -> Path:
     """The artefact of two epochs on the phantoms."""
     folder = phantoms.folder / "pretraining"
-    phantoms.run(f"fratmae_pretrain -d 7 -device cpu -o {folder}")
+    phantoms.run(f"fratmae_pretrain -d 7 -m fratmae_notext -device cpu -o {folder}")
     return folder

@@ -100,7 +100,8 @@ def test_unlabelled_studies_only(phantoms, folders, monkeypatch):
 def test_the_fold_that_is_left_out_is_nnunets(phantoms):
     """-f leaves out exactly the cases that nnU-Net validates on; the split is nnU-Net's own."""
     out = phantoms.folder / "fold"
-    output = phantoms.run(f"fratmae_pretrain -d 7 -device cpu -f 0 -o {out} --set pretrain.epochs=1 pretrain.workers=0")
+    output = phantoms.run(f"fratmae_pretrain -d 7 -m fratmae_notext -device cpu -f 0 -o {out} "
+                          "--set pretrain.epochs=1 pretrain.workers=0")  # fmt: skip
     splits = json.loads((phantoms.preprocessed / "Dataset007_Phantom" / "splits_final.json").read_text())
     assert len(splits) == 5
     contract = json.loads((out / "encoders.json").read_text())

@@ -60,14 +60,6 @@ def edit(path, change):
 
 
 @pytest.fixture
-def raw(tmp_path, monkeypatch):
-    for variable in ("nnUNet_preprocessed", "nnUNet_results"):
-        monkeypatch.delenv(variable, raising=False)
-    monkeypatch.setenv("nnUNet_raw", str(tmp_path / "raw"))
-    return tmp_path / "raw"
-
-
-@pytest.fixture
 def source(tmp_path):
     """Two good patients."""
     write(tmp_path / "in" / "pat-1", study(1))
@@ -108,7 +100,10 @@ def test_good_studies_become_a_dataset(convert, source, raw, capsys, processes):
     files = {str(p.relative_to(dataset)) for p in dataset.rglob("*") if p.is_file()}
     cases = {f"imagesTr/{c}_000{i}.nii.gz" for c in ("pat-1", "pat.2") for i in (0, 1)}
     labels = {f"labelsTr/{c}.nii.gz" for c in ("pat-1", "pat.2")}
-    assert files == {"dataset.json", "clinical.csv"} | cases | labels
+    others = {name for name in files if not name.startswith("conversion")}
+    assert others == {"dataset.json", "clinical.csv"} | cases | labels
+    looks = {f"conversion/{name}" for name in ("index.html", "pat-1.png", "pat.2.png", "pat-1.json", "pat.2.json")}
+    assert files >= looks | {"conversion_report.csv"}
     for name, target in (("CT", "imagesTr/pat.2_0000"), ("PET", "imagesTr/pat.2_0001"), ("SEG", "labelsTr/pat.2")):
         np.testing.assert_array_equal(read(dataset / f"{target}.nii.gz"), read(source / "pat.2" / f"{name}.nii.gz"))
     description = json.loads((dataset / "dataset.json").read_text())

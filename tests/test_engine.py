@@ -2,17 +2,20 @@
 
 import json
 import shutil
+import signal
+from dataclasses import replace
 
 import blosc2
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from nnunet_fratmae.artefact import check_artefact, load_encoders
 from nnunet_fratmae.networks.unetr import FratMAEUNETR
 from nnUNet_raw_conversion.command import UserError
 from plans.settings import Preset, Pretrain, Settings, WholeBody
-from pretraining import engine
+from pretraining import checkpoint, engine
 from pretraining.data import Case
 
 TINY = Preset(24, 4, 2, decoder_dim=24, decoder_depth=1, decoder_heads=2, unetr_features=4)
@@ -38,13 +41,19 @@ def cases(tmp_path):
 
 def toy_settings(**pretrain) -> Settings:
     options = {"epochs": 2, "batch_size": 2, "workers": 0, "held_out": 0.2, "learning_rate": 1e-2}
-    options |= {"patches_per_case": 1} | pretrain
+    options |= {"patches_per_case": 1, "method": "fratmae_notext", "pet_scale": 0.0, "ct_shift": 0.0}
+    options |= {"picture_every": 99} | pretrain
     whole = WholeBody(grid=(16, 24, 40), patch=(8, 24, 40), k=2)
     return Settings(preset="vit_tiny", token_patch=(4, 8, 8), wholebody=whole, pretrain=Pretrain(**options))
 
 
+def start(folder, cases, resume=False, **pretrain) -> engine.Pretraining:
+    fabric = engine.make_fabric("cpu", 1, 1, True)
+    return engine.Pretraining(folder, toy_settings(**pretrain), cases, {"Dataset001_Toy": "CC0"}, None, fabric, resume)
+
+
 def run(folder, cases, resume=False, **pretrain):
-    engine.pretrain(folder, toy_settings(**pretrain), cases, {"Dataset001_Toy": "CC0"}, None, "cpu", resume)
+    start(folder, cases, resume, **pretrain).run()
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
@@ -63,28 +72,30 @@ def test_few_cases_still_make_epochs_of_50_steps(cases_there, patches):
     assert engine.choose_patches(toy_settings(patches_per_case=3), cases_there).pretrain.patches_per_case == 3
 
 
+def timeless(rows):
+    """Metrics without those that depend on the speed of the machine."""
+    timing = ("seconds", "patches_per_second", "data_wait", "mfu")
+    return [{key: value for key, value in row.items() if key not in timing} for row in rows]
+
+
 class Killed(Exception):
     pass
 
 
 def test_a_run_that_was_killed_goes_on_bit_exactly(tmp_path, cases, monkeypatch):
     whole = run(tmp_path / "whole", cases, epochs=4)
-    original = engine._train_epoch
+    original = engine.Pretraining._train_step
 
-    def die_in_epoch_2(*args):
-        if args[5] == 2:
+    def die_in_epoch_2(self, passes):
+        if self.epoch == 2 and self.step == 1:
             raise Killed
-        return original(*args)
+        return original(self, passes)
 
-    monkeypatch.setattr(engine, "_train_epoch", die_in_epoch_2)
+    monkeypatch.setattr(engine.Pretraining, "_train_step", die_in_epoch_2)
     with pytest.raises(Killed):
         run(tmp_path / "cut", cases, epochs=4)
-    monkeypatch.setattr(engine, "_train_epoch", original)
-    cut = run(tmp_path / "cut", cases, resume=True, epochs=4)
-    timing = ("seconds", "patches_per_second")
-    assert [{k: v for k, v in r.items() if k not in timing} for r in cut] == [
-        {k: v for k, v in r.items() if k not in timing} for r in whole
-    ]
+    monkeypatch.setattr(engine.Pretraining, "_train_step", original)
+    assert timeless(run(tmp_path / "cut", cases, resume=True, epochs=4)) == timeless(whole)
     for name in ("encoders.safetensors", "encoders.json"):
         assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
@@ -95,28 +106,41 @@ def test_a_run_is_not_overwritten_and_resuming_needs_one(tmp_path, cases):
     run(tmp_path / "out", cases, epochs=1)
     with pytest.raises(UserError, match="go on with --c"):
         run(tmp_path / "out", cases, epochs=1)
-    with pytest.raises(UserError, match="settings of the run"):
+    with pytest.raises(UserError, match="other settings"):
         run(tmp_path / "out", cases, resume=True, epochs=1, learning_rate=5e-3)
-    with pytest.raises(UserError, match="train of the run"):
+    with pytest.raises(UserError, match="other cases"):
         run(tmp_path / "out", cases[:-1], resume=True, epochs=1)
     run(tmp_path / "out", cases, resume=True, epochs=1, workers=1)
-    (tmp_path / "out" / "checkpoint_latest.pth").write_bytes(b"cut off")
-    with pytest.raises(UserError, match="damaged"):
-        run(tmp_path / "out", cases, resume=True, epochs=1)
 
 
 def test_a_checkpoint_that_cannot_be_written_leaves_the_last_one(tmp_path, monkeypatch):
-    path = tmp_path / "checkpoint_latest.pth"
-    engine._save({"epoch": 1}, path)
+    path = tmp_path / checkpoint.LATEST
+    checkpoint.save({"epoch": 1}, path)
 
-    def full_disk(state, target):
-        target.write_bytes(b"half")
+    def full_disk(state, file):
+        file.write(b"half")
         raise OSError("No space left on device")
 
     monkeypatch.setattr(torch, "save", full_disk)
-    with pytest.raises(OSError):
-        engine._save({"epoch": 2}, path)
-    assert torch.load(path, weights_only=True) == {"epoch": 1}
+    with pytest.raises(UserError, match="is the disk full"):
+        checkpoint.save({"epoch": 2}, path)
+    assert torch.load(path, weights_only=True) == {"epoch": 1} and len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_checkpoint_that_does_not_read_back_is_never_the_only_one(tmp_path, monkeypatch, capsys):
+    path = tmp_path / checkpoint.LATEST
+    for epoch in (1, 2):
+        checkpoint.save({"epoch": epoch}, path)
+    monkeypatch.setattr(torch, "save", lambda state, file: file.write(b"not what was asked for"))
+    with pytest.raises(UserError, match="cannot be written"):
+        checkpoint.save({"epoch": 3}, path)
+    assert checkpoint.load_latest(tmp_path) == {"epoch": 2}
+    path.write_bytes(path.read_bytes()[:100])  # by something else
+    assert checkpoint.load_latest(tmp_path) == {"epoch": 1}
+    assert "damaged or cut off" in capsys.readouterr().out
+    (tmp_path / checkpoint.PREVIOUS).write_bytes(b"")
+    with pytest.raises(UserError, match="no checkpoint in"):
+        checkpoint.load_latest(tmp_path)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, cases):
@@ -127,6 +151,110 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, cases):
     with pytest.raises(UserError, match="the loss is nan"):
         run(tmp_path / "out", cases)
     assert not (tmp_path / "out" / "encoders.safetensors").exists()
+
+
+def test_a_loss_that_is_not_finite_names_the_cases_and_keeps_the_last_weights(tmp_path, cases):
+    bad = start(tmp_path / "out", cases, epochs=3)
+    original, victim = bad._inputs, bad.train[2].name
+
+    def poisoned(image, numbers, masks, place):
+        if bad.epoch == 1:
+            image[numbers == 2] = np.nan
+        return original(image, numbers, masks, place)
+
+    bad._inputs = poisoned
+    with pytest.raises(UserError, match=f"the loss is nan in epoch 1.*{victim}"):
+        bad.run()
+    state = torch.load(tmp_path / "out" / "checkpoint_latest.pth", weights_only=True)
+    assert state["epoch"] == 1 and all(torch.isfinite(v).all() for v in state["model"].values())
+
+
+def test_a_signal_saves_and_leaves_within_an_epoch(tmp_path, cases):
+    whole = run(tmp_path / "whole", cases, epochs=2, patches_per_case=3)
+    asked = start(tmp_path / "cut", cases, epochs=2, patches_per_case=3)
+    original = asked._train_step
+
+    def signalled(passes):
+        if (asked.epoch, asked.step) == (1, 2):
+            signal.raise_signal(signal.SIGUSR1)
+        return original(passes)
+
+    asked._train_step = signalled
+    with pytest.raises(SystemExit) as left:
+        asked.run()
+    assert left.value.code == 128 + signal.SIGUSR1
+    state = torch.load(tmp_path / "cut" / "checkpoint_latest.pth", weights_only=True)
+    assert (state["epoch"], state["step"]) == (1, 3)
+    assert timeless(run(tmp_path / "cut", cases, resume=True, epochs=2, patches_per_case=3)) == timeless(whole)
+    same = [(tmp_path / name / "encoders.safetensors").read_bytes() for name in ("cut", "whole")]
+    assert same[0] == same[1]
+
+
+def test_best_and_kept_checkpoints(tmp_path, cases):
+    rows = run(tmp_path / "out", cases, epochs=5, keep_every=2)
+    errors = [row["held_out_CT"] + row["held_out_PET"] for row in rows]
+    best = torch.load(tmp_path / "out" / "checkpoint_best.pth", weights_only=True)
+    assert best["epoch"] == int(np.argmin(errors)) + 1
+    kept = sorted(p.name for p in (tmp_path / "out").glob("checkpoint_epoch_*"))
+    assert kept == ["checkpoint_epoch_0002.pth", "checkpoint_epoch_0004.pth"]
+
+
+@pytest.mark.parametrize("method", ["fratmae_notext", "mae"])
+def test_accumulated_passes_are_one_step(tmp_path, cases, method):
+    """The same weights, up to rounding, whether a batch of 4 is one pass or four; from disk or from memory."""
+    options = {"epochs": 2, "batch_size": 4, "patches_per_case": 2, "method": method, "learning_rate": 1e-3}
+    run(tmp_path / "one", cases, **options)
+    run(tmp_path / "four", cases, micro_batch_size=1, store="memory", **options)
+    one, four = (load_file(tmp_path / name / "encoders.safetensors") for name in ("one", "four"))
+    for name, value in one.items():
+        torch.testing.assert_close(four[name], value, atol=1e-4, rtol=1e-3)
+    with pytest.raises(UserError, match="cannot be cut into passes of 3"):
+        start(tmp_path / "three", cases, micro_batch_size=3, **options)
+
+
+class StubTower(torch.nn.Module):
+    """Each prompt has a random but fixed embedding; trainable."""
+
+    name, dim = "stub", 8
+
+    def __init__(self):
+        super().__init__()
+        self.layer = torch.nn.Linear(8, 8)
+
+    def encode(self, prompts):
+        seeds = [torch.Generator().manual_seed(sum(prompt.encode())) for prompt in prompts]
+        return self.layer(torch.stack([torch.randn(8, generator=seed) for seed in seeds]))
+
+
+@pytest.mark.parametrize("method, frozen", [("fratmae", True), ("mae_text", True), ("fratmae", False)])
+def test_text_is_aligned_and_found_again(tmp_path, cases, monkeypatch, method, frozen):
+    """Cases whose PET is hot have one prompt, cold ones another, one has none: held-out PETs find theirs."""
+    monkeypatch.setattr("pretraining.text.load_tower", lambda tower, weights: StubTower())
+    told = [replace(c, prompt=None if i == 4 else "<tracer> A" if i in (0, 2, 5) else "<tracer> B")
+            for i, c in enumerate(cases)]  # fmt: skip
+    options = {"method": method, "text_frozen": frozen, "held_out": 0.4, "epochs": 6, "patches_per_case": 8,
+               "batch_size": 4, "learning_rate": 3e-3}  # fmt: skip
+    rows = run(tmp_path / "out", told, **options)
+    assert rows[-1]["train_text"] < rows[0]["train_text"]
+    if "retrieval_top1" in rows[-1]:
+        assert rows[-1]["retrieval_top1"] == 1
+    contract = json.loads((tmp_path / "out" / "encoders.json").read_text())
+    assert (contract["method"], contract["text_tower"]) == (method, "stub")
+    weights = torch.load(tmp_path / "out" / "checkpoint_latest.pth", weights_only=True)["model"]
+    assert any(name.startswith("text_tower") for name in weights) is not frozen
+
+
+def test_text_without_any_metadata_is_refused(tmp_path, cases):
+    with pytest.raises(UserError, match="-m fratmae: no case has metadata.*-m fratmae_notext"):
+        start(tmp_path / "out", cases, method="fratmae")
+
+
+def test_a_shuffled_partner_is_no_partner(tmp_path, cases):
+    """The toy's CT tells its PET (PET = -CT): with the own partner the network uses it, with a stranger's it cannot."""
+    options = {"epochs": 8, "patches_per_case": 6, "batch_size": 6, "held_out": 0.4}
+    own = run(tmp_path / "own", cases, **options)[-1]
+    other = run(tmp_path / "other", cases, shuffle_partner=True, **options)[-1]
+    assert own["gain_PET"] > other["gain_PET"]
 
 
 @pytest.fixture
@@ -144,7 +272,7 @@ def test_export_is_what_was_trained_and_loads_without_pickle(artefact):
     fresh = network()
     report = load_encoders(artefact, fresh.encoders)
     for name, value in fresh.encoders.state_dict().items():
-        torch.testing.assert_close(value, trained[f"encoders.{name}"], rtol=0, atol=0)
+        torch.testing.assert_close(value, trained[f"fratmae.encoders.{name}"], rtol=0, atol=0)
     assert sum("0 missing, 0 left over" in line for line in report) == 2
     assert load_encoders(artefact / "encoders.safetensors", network().encoders) == report
     contract = check_artefact(artefact)

@@ -6,10 +6,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pretraining.engine import draw_mask, hold_out, learning_rate, parameter_groups
+from pretraining.engine import draw_masks, hold_out, learning_rate, parameter_groups
 from pretraining.fratmae import (
     CrossAttention,
     FratMAE,
+    Objective,
     partner,
     patchify,
     random_masking,
@@ -77,18 +78,18 @@ def test_hidden_voxels_do_not_leak_but_the_partner_is_seen_whole(modality):
     net, image = model(), torch.randn(1, 2, *PATCH)
     channel = {"CT": 0, "PET": 1}[modality]
     keep, masked = random_masking(1, 24, 0.5, torch.Generator().manual_seed(5))
-    reference = net(image, modality, keep)
+    reference = net(image, {modality: keep})[0][modality]
     hidden = patchify(image[:, channel : channel + 1], TOKEN).clone()
     hidden[0, masked[0]] += 10
     changed = image.clone()
     changed[:, channel : channel + 1] = unpatchify(hidden, (2, 3, 4), TOKEN)
-    torch.testing.assert_close(net(changed, modality, keep), reference)
+    torch.testing.assert_close(net(changed, {modality: keep})[0][modality], reference)
     for token in range(24):  # each token of the partner matters
         seen = patchify(image[:, 1 - channel : 2 - channel], TOKEN).clone()
         seen[0, token] += 10
         changed = image.clone()
         changed[:, 1 - channel : 2 - channel] = unpatchify(seen, (2, 3, 4), TOKEN)
-        assert (net(changed, modality, keep) - reference).abs().max() > 1e-5
+        assert (net(changed, {modality: keep})[0][modality] - reference).abs().max() > 1e-5
 
 
 @pytest.mark.parametrize("modality", ["CT", "PET"])
@@ -96,7 +97,7 @@ def test_gradients_reach_both_encoders_and_the_decoder_of_the_masked_modality_on
     net = model().train()
     keep, masked = random_masking(2, 24, 0.5, torch.Generator().manual_seed(5))
     image = torch.randn(2, 2, *PATCH)
-    reconstruction_loss(net(image, modality, keep), image[:, :1], masked, TOKEN).backward()
+    reconstruction_loss(net(image, {modality: keep})[0][modality], image[:, :1], masked, TOKEN).backward()
     idle = {name.split(".")[0] + "." + name.split(".")[1] for name, p in net.named_parameters() if p.grad is None}
     assert idle == {f"decoders.{partner(modality)}"}
 
@@ -127,10 +128,51 @@ def test_visible_tokens_keep_their_place_in_the_decoder():
 
 
 def test_both_modalities_are_drawn_and_a_key_repeats():
-    draws = [draw_mask(torch.Size([2]), 24, 0.5, (0, 0, step)) for step in range(60)]
-    assert 15 < sum(m == "PET" for m, _, _ in draws) < 45
-    again = draw_mask(torch.Size([2]), 24, 0.5, (0, 0, 7))
-    assert again[0] == draws[7][0] and torch.equal(again[1], draws[7][1])
+    draws = [draw_masks(2, 24, 0.5, True, (0, 0, step)) for step in range(60)]
+    assert all(len(draw) == 1 for draw in draws) and 15 < sum("PET" in draw for draw in draws) < 45
+    again = draw_masks(2, 24, 0.5, True, (0, 0, 7))
+    assert again.keys() == draws[7].keys()
+    for modality, (keep, masked) in again.items():
+        assert torch.equal(keep, draws[7][modality][0]) and torch.equal(masked, draws[7][modality][1])
+
+
+def test_mae_masks_both_modalities_and_neither_sees_the_other():
+    torch.manual_seed(0)
+    net = FratMAE(PATCH, TOKEN, ENCODER, {**DECODER, "block": "self"}).eval()
+    keep = {m: pair[0] for m, pair in draw_masks(1, 24, 0.5, False, (0,)).items()}
+    assert sorted(keep) == ["CT", "PET"] and not torch.equal(keep["CT"], keep["PET"])
+    image = torch.randn(1, 2, *PATCH)
+    reference, _ = net(image, keep)
+    other = image.clone()
+    other[:, 1] += 10
+    changed, _ = net(other, keep)
+    torch.testing.assert_close(changed["CT"], reference["CT"])
+    assert (changed["PET"] - reference["PET"]).abs().max() > 1e-3
+    assert not any("cross" in name or "partner" in name for name, _ in net.named_parameters())
+
+
+@pytest.mark.parametrize("block, is_cross", [("cross_self", True), ("cross", True), ("self", False)])
+def test_no_parameter_is_without_gradient_over_two_steps(block, is_cross):
+    net = FratMAE(PATCH, TOKEN, ENCODER, {**DECODER, "block": block})
+    objective = Objective(net, None, None, 1.0)
+    image = torch.randn(2, 2, *PATCH)
+    for modalities in ((["CT"], ["PET"]) if is_cross else (["CT", "PET"],)):
+        masks = {m: random_masking(2, 24, 0.5, torch.Generator().manual_seed(3)) for m in modalities}
+        keep, masked = ({m: pair[i] for m, pair in masks.items()} for i in (0, 1))
+        loss, parts = objective(image, keep, masked)
+        assert sorted(parts) == sorted(modalities)
+        assert float(loss) == pytest.approx(sum(float(v) for v in parts.values()) / len(parts))
+        loss.backward()
+    assert not [name for name, p in objective.named_parameters() if p.grad is None]
+
+
+def test_attention_weights_are_those_of_the_attention():
+    torch.manual_seed(0)
+    attention = CrossAttention(12, 3)
+    query, context = torch.randn(2, 5, 12), torch.randn(2, 7, 12)
+    weights = attention.weights(query, context)
+    v = attention.to_key_value(context)[..., 12:].unflatten(2, (3, 4)).transpose(1, 2)
+    torch.testing.assert_close(attention.project((weights @ v).transpose(1, 2).flatten(2)), attention(query, context))
 
 
 def test_learning_rate_rises_then_falls_to_zero():

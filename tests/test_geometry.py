@@ -8,9 +8,19 @@ import SimpleITK as sitk
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.interpolate import RegularGridInterpolator
+from scipy.spatial.transform import Rotation
 
+from nnUNet_raw_conversion.checks import checked_case
 from nnUNet_raw_conversion.command import UserError
-from nnUNet_raw_conversion.geometry import overlap_fraction, read_image, resample_to, same_grid
+from nnUNet_raw_conversion.geometry import (
+    canonical,
+    overlap_fraction,
+    read_image,
+    resample_to,
+    same_grid,
+    target_grid,
+)
+from nnUNet_raw_conversion.raw_dataset import write_case
 
 # All 48 ways to lay the axes of an image along those of the patient, mirrored ones too.
 ORIENTATIONS = [
@@ -151,3 +161,141 @@ def test_an_image_that_is_not_a_scalar_volume_is_named(tmp_path, image):
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(UserError, match="b.nii.gz"):
         read_image(tmp_path / "b.nii.gz")
+
+
+def test_a_file_can_be_called_otherwise(tmp_path):
+    """Where folders and files have patients' names, messages do not show them."""
+    for content in (None, b"", b"x" * 500):
+        path = tmp_path / "Mueller.nii.gz"
+        if content is not None:
+            path.write_bytes(content)
+        with pytest.raises(UserError, match="^the CT: ") as error:
+            read_image(path, called="the CT")
+        assert "Mueller" not in str(error.value) and str(tmp_path) not in str(error.value)
+
+
+def places(image):
+    """Voxels by their place in space, to a thousandth of a mm."""
+    where = np.round(positions(image).reshape(-1, 3) + 0.0, 3) + 0.0
+    return {tuple(place): value for place, value in zip(where.tolist(), values(image).ravel(), strict=True)}
+
+
+@pytest.mark.parametrize("index", range(48))
+def test_canonical_orientation_moves_no_voxel(index):
+    noise = np.random.default_rng(index).normal(size=(3, 4, 5))
+    tilted = ORIENTATIONS[index] @ Rotation.from_euler("yz", [(0, 0), (10, -20)][index % 2], True).as_matrix()
+    image = grid((3, 4, 5), (2, 3.5, 1.25), tilted, centre=(5, -7, 11), values=noise)
+    result = canonical(image)
+    axes = np.reshape(result.GetDirection(), (3, 3))
+    assert np.all(np.abs(axes).argmax(0) == (0, 1, 2)) and np.all(np.diag(axes) > 0)
+    assert places(result) == places(image)
+
+
+@settings(max_examples=40, deadline=None)
+@given(a=orientations, turn=st.tuples(*[st.floats(-180, 180)] * 3), origin=st.tuples(*[st.floats(-2000, 2000)] * 3),
+       spacing=st.tuples(*[st.floats(0.5, 6)] * 3))  # fmt: skip
+def test_files_are_where_the_images_were(tmp_path_factory, a, turn, origin, spacing):
+    """To 0.01 mm for oblique grids at the ends of a body, single precision of NIfTI included; voxels are the same."""
+    folder = tmp_path_factory.mktemp("files")
+    noise = np.random.default_rng(0).uniform(0, 20, (400, 3, 5)).astype(np.float32)
+    pet = grid((400, 3, 5), spacing, a @ Rotation.from_euler("xyz", turn, True).as_matrix(), origin, noise)
+    lesions = sitk.Cast(pet > 10, sitk.sitkUInt8)
+    ct = sitk.Cast(sitk.Round(pet * 100 - 1000), sitk.sitkInt16)
+    names = write_case(folder, "a", ct, pet, lesions)
+    assert names == ["imagesTr/a_0000.nii.gz", "imagesTr/a_0001.nii.gz", "labelsTr/a.nii.gz"]
+    stored = [sitk.ReadImage(folder / name) for name in names]
+    corners = list(itertools.product(*[(0, n - 1) for n in stored[0].GetSize()]))
+    for image, original in zip(stored, map(canonical, (ct, pet, lesions)), strict=True):
+        assert image.GetPixelID() == original.GetPixelID()
+        np.testing.assert_array_equal(values(image), values(original))
+        for corner in corners:
+            there, expected = (i.TransformIndexToPhysicalPoint(corner) for i in (image, original))
+            np.testing.assert_allclose(there, expected, atol=0.01, rtol=0)
+        assert image.GetDirection() == stored[0].GetDirection() and image.GetOrigin() == stored[0].GetOrigin()
+
+
+def test_a_grid_that_nifti_cannot_hold_is_refused(tmp_path):
+    pet = grid((5, 6, 7), (2, 3, 4), centre=(1e7 + 0.3, 0, 0))
+    with pytest.raises(UserError, match="mm off"):
+        write_case(tmp_path, "a", pet, pet, None)
+    assert not list(tmp_path.rglob("*.gz"))
+
+
+@settings(max_examples=25, deadline=None)
+@given(a=orientations, b=orientations)
+def test_the_grid_to_write(a, b):
+    pet = grid((6, 7, 8), (8, 9, 10), a, centre=(10, 20, 30))
+    ct = grid((10, 12, 30), (6, 7, 8), b, centre=(12, 19, 30))
+    assert same_grid(target_grid(ct, pet, "pet"), canonical(pet))
+    free = target_grid(None, pet, "3,7,6")
+    assert free.GetSpacing() == (3, 7, 6) and free.GetDirection() == (1, 0, 0, 0, 1, 0, 0, 0, 1)
+    np.testing.assert_allclose(positions(free).reshape(-1, 3).mean(0), (10, 20, 30), atol=1e-6)
+    extent = np.abs(a @ (6 * 8, 7 * 9, 8 * 10))
+    size = np.array(free.GetSize())
+    assert np.all(size * (3, 7, 6) >= extent - 0.01) and np.all((size - 1) * (3, 7, 6) < extent)
+    cut = target_grid(ct, pet, "ct")
+    inside = positions(ct).reshape(-1, 3)
+    inside = inside[np.all(np.abs(inside - (10, 20, 30)) <= extent / 2 + 0.002, axis=1)]
+    assert set(places(cut)) == set(map(tuple, (np.round(inside + 0.0, 3) + 0.0).tolist()))
+
+
+def test_grids_that_cannot_be(monkeypatch):
+    pet = grid((12, 14, 16), (4, 4.5, 5))
+    for wrong in ("", "mr", "4", "4,4", "4,4,4,4", "0.5,4,4", "4,4,50", "4;4;4", "nan,4,4"):
+        with pytest.raises(UserError, match="--grid"):
+            target_grid(pet, pet, wrong)
+    with pytest.raises(UserError, match="there is no CT"):
+        target_grid(None, pet, "ct")
+    with pytest.raises(UserError, match="do not overlap"):
+        target_grid(grid((12, 14, 16), (1, 1, 1), centre=(500, 0, 0)), pet, "ct")
+
+
+def trunk(size, spacing, direction=None):
+    """CT, PET and lesion, a ball of 33.5 ml, on one grid."""
+    x, y, z = np.moveaxis(positions(grid(size, spacing, direction)), -1, 0)
+    body = ((x - 10) / 60) ** 2 + ((y + 6) / 45) ** 2 < 1
+    lesion = (x - 20) ** 2 + y**2 + (z - 15) ** 2 < 20**2
+    make = (np.where(body, 30, -1000) - 130 * (np.hypot(x, y) < 20), np.where(body, 1, 0.02) + 6 * lesion, lesion)
+    ct, pet, lesion = (grid(size, spacing, direction, values=array) for array in make)
+    return ct, pet, sitk.Cast(lesion, sitk.sitkUInt8)
+
+
+@pytest.mark.parametrize("where", ["pet", "ct"])
+@pytest.mark.parametrize("chosen", ["pet", "ct", "5,6,7"])
+def test_case_on_the_grid_asked_for(where, chosen):
+    """CT, PET and lesions, which may be drawn on either grid, meet in space on the third."""
+    fine, coarse = trunk((70, 60, 50), (2.5, 2.5, 3)), trunk((28, 25, 24), (7, 6.5, 8), ORIENTATIONS[20])
+    lesions = {"pet": coarse, "ct": fine}[where][2]
+    ct, pet, lesions, notes = checked_case(fine[0], coarse[1], lesions, chosen)
+    assert same_grid(ct, pet) and same_grid(pet, lesions) and same_grid(pet, target_grid(fine[0], coarse[1], chosen))
+    assert {"pet": "CT resampled to the PET's grid", "ct": "PET resampled to the CT's grid",
+            "5,6,7": "CT resampled to a grid of 5,6,7 mm"}[chosen] in notes  # fmt: skip
+    x, y, z = np.moveaxis(positions(pet), -1, 0)
+    far = np.abs(np.sqrt((x - 20) ** 2 + y**2 + (z - 15) ** 2) - 20)
+    inside = (x - 20) ** 2 + y**2 + (z - 15) ** 2 < 20**2
+    np.testing.assert_array_equal(values(lesions)[far > 6], inside[far > 6])
+    assert values(lesions).sum() * np.prod(pet.GetSpacing()) == pytest.approx(33510, rel=0.1)
+    np.testing.assert_allclose(values(pet)[inside & (far > 12)], 7, atol=0.3)
+    body, seen = ((x - 10) / 60) ** 2 + ((y + 6) / 45) ** 2 < 1, (abs(x) < 87) & (abs(y) < 74) & (abs(z) < 74)
+    assert np.mean((values(ct) > -300)[seen] == body[seen]) > 0.96
+
+
+def test_without_a_ct_there_is_air():
+    _, pet, lesions = trunk((28, 25, 24), (7, 6.5, 8), ORIENTATIONS[5])
+    ct, suv, labels, notes = checked_case(None, pet, lesions)
+    assert same_grid(ct, canonical(pet)) and np.all(values(ct) == -1024)
+    np.testing.assert_array_equal(values(suv), values(canonical(pet)))
+    np.testing.assert_array_equal(values(labels), values(canonical(lesions)))
+    assert notes == ["no CT: filled with air (-1024 HU)"]
+    for factor, named in ((5000, "Bq/ml"), (0.001, "SUVbw"), (-1, "negative"), (0, "zero")):
+        with pytest.raises(UserError, match=named):
+            checked_case(None, pet * factor, lesions)
+
+
+def test_lesions_too_small_for_the_grid_are_told():
+    ct, pet, lesions = trunk((70, 60, 50), (2.5, 2.5, 3))
+    dot = np.zeros((70, 60, 50))
+    dot[30, 30, 30] = 1
+    dot = sitk.Cast(grid((70, 60, 50), (2.5, 2.5, 3), values=dot), sitk.sitkUInt8)
+    _, _, result, notes = checked_case(ct, pet, dot, "12,12,12")
+    assert values(result).sum() == 0 and any("lesion volume" in note for note in notes)

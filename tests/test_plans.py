@@ -45,7 +45,9 @@ def test_whole_bodies_get_the_papers_sizes():
     assert config["patch_size"] == [192, 32, 160]  # the plans' axes are SI, AP, LR
     assert kwargs["patch_size"] == [32, 160, 192] and kwargs["token_patch"] == [8, 16, 16]
     assert (kwargs["embed_dim"], kwargs["depth"], kwargs["num_heads"]) == (768, 12, 12)
-    assert plans["fratmae"]["wholebody"] == {"grid": [160, 160, 192], "patch": [32, 160, 192], "k": 2}
+    assert plans["fratmae"]["wholebody"] == {
+        "grid": [160, 160, 192], "patch": [32, 160, 192], "k": 2, "stack": "coronal",
+    }  # fmt: skip
     assert warnings == [] and json.dumps(plans)
 
 

@@ -32,8 +32,9 @@ def patients(tmp_path_factory) -> Workspace:
         workspace.run(f"fratmae_convert_pairs -i {source} -d {dataset_id} -n Sarcoma --ct CTres.nii.gz "
                       "--pet SUV.nii.gz --seg SEG.nii.gz -np 2")  # fmt: skip
     workspace.run("fratmae_plan_and_preprocess -d 7 -preset vit_tiny -np 2")
-    workspace.run(f"fratmae_pretrain -d 7 -device cpu -o {workspace.folder}/pretraining --set pretrain.epochs=2 "
-                  "pretrain.patches_per_case=4 pretrain.batch_size=4 pretrain.workers=0")  # fmt: skip
+    workspace.run(f"fratmae_pretrain -d 7 -m fratmae_notext -device cpu -o {workspace.folder}/pretraining "
+                  "--set pretrain.epochs=2 pretrain.patches_per_case=4 pretrain.batch_size=4 "
+                  "pretrain.workers=0")  # fmt: skip
     workspace.run("nnUNetv2_plan_and_preprocess -d 7 -c 3d_fullres -np 2 --verify_dataset_integrity")
     path = workspace.preprocessed / "Dataset007_Sarcoma" / "nnUNetPlans.json"
     finetune = {"epochs": 3, "iterations": 20, "val_iterations": 2, "batch_size": 2, "learning_rate": 1e-3}

@@ -1,4 +1,4 @@
-"""The whole-body grid: resizing, the store on disk and the patches read from it."""
+"""The whole-body grid: resizing, and the store on disk."""
 
 import json
 
@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from nnUNet_raw_conversion.command import UserError
 from plans.units import PRETRAINING_UNITS
 from plans.wholebody import check_units, list_studies, resize_to_grid
-from pretraining.data import Case, EpochBatches, WholeBodyPatches, list_cases
+from pretraining.data import list_cases
 
 
 def test_resizing_averages_and_keeps_place_and_mean():
@@ -36,51 +36,6 @@ def test_resizing_keeps_a_constant(shape, value):
 def test_resizing_labels_invents_none():
     labels = np.random.default_rng(0).choice([-1, 0, 3], size=(1, 9, 11, 13)).astype(np.int8)
     assert set(np.unique(resize_to_grid(labels, (4, 16, 6), is_labels=True))) <= {-1, 0, 3}
-
-
-def write_volume(path, shape=(2, 16, 12, 20)) -> np.ndarray:
-    """A store file in which every voxel tells where it is."""
-    volume = np.arange(np.prod(shape), dtype=np.float32).reshape(shape)
-    blosc2.asarray(volume, urlpath=str(path), chunks=(1, 1, *shape[2:]), blocks=(1, 1, *shape[2:]))
-    return volume
-
-
-@pytest.mark.parametrize("k", [1, 2, 3])
-def test_a_patch_takes_every_kth_neighbouring_coronal_slice(tmp_path, k):
-    volume = write_volume(tmp_path / "a.b2nd")
-    patches = WholeBodyPatches([Case(tmp_path / "a.b2nd", "a", (1, 0))], (4, 12, 10), k, 1, seed=3, augment=True)
-    firsts, mirrored = set(), 0
-    for epoch in range(60):
-        patch = patches[epoch, 0].numpy()
-        straight = patch[:, :, 0, 0] < patch[:, :, -1, 0]
-        mirrored += not straight.all()
-        patch = patch if straight.all() else patch[:, :, ::-1]
-        h, d = np.argwhere(volume[1] == patch[0, 0, 0, 0])[0][[0, 2]]
-        firsts.add(int(h))
-        expected = volume[[1, 0]][:, h : h + 4 * k : k, :, d : d + 10]  # PET is channel 0 here
-        np.testing.assert_array_equal(patch, expected)
-    assert firsts == set(range(16 - (4 - 1) * k)) if k < 3 else len(firsts) > 3
-    assert 10 < mirrored < 50
-
-
-def test_patches_depend_on_seed_epoch_and_index_alone(tmp_path):
-    write_volume(tmp_path / "a.b2nd")
-    cases = [Case(tmp_path / "a.b2nd", "a", (0, 1))] * 2
-
-    def patch(seed, epoch, index):
-        return WholeBodyPatches(cases, (4, 8, 10), 2, 3, seed, augment=True)[epoch, index].numpy().tobytes()
-
-    assert patch(0, 1, 2) == patch(0, 1, 2)
-    assert len({patch(s, e, i) for s in (0, 1) for e in (0, 1) for i in (0, 1, 2)}) > 8
-
-
-@given(st.integers(1, 40), st.integers(1, 12), st.integers(0, 3))
-def test_an_epoch_visits_every_sample_in_full_batches(samples, batch_size, epoch):
-    batches = EpochBatches(samples, batch_size, seed=0)
-    batches.epoch = epoch
-    drawn = list(batches)
-    assert len(drawn) == len(batches) and all(len(b) == batch_size for b in drawn)
-    assert {i for b in drawn for _, i in b} == set(range(samples)) and {e for b in drawn for e, _ in b} == {epoch}
 
 
 def test_studies_are_listed_with_and_without_labels(tmp_path):

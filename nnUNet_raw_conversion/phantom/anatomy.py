@@ -8,6 +8,7 @@ scaled and the whole space bent by a smooth random displacement.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -103,6 +104,10 @@ class Anatomy:
         for shape in self.shapes:
             shape.paint(labels, *points.astype(np.float32).T)
         return labels
+
+    def points_in(self, rng: np.random.Generator, organs: Sequence[str], low: Point, high: Point) -> np.ndarray:
+        """Points of the plan (n, 3) between `low` and `high`, of which some lie in `organs`: see `organ_at`."""
+        return rng.uniform(low, high, (1500, 3))
 
 
 def build_anatomy(rng: np.random.Generator, patient: Patient) -> Anatomy:

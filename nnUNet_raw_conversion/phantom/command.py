@@ -14,6 +14,8 @@ from tqdm import tqdm
 from nnUNet_raw_conversion.clinical import ClinicalRecord, write_clinical
 from nnUNet_raw_conversion.command import UserError, map_cases, run_command
 from nnUNet_raw_conversion.phantom.anatomy import build_anatomy, draw_patient
+from nnUNet_raw_conversion.phantom.cohort import draw_group
+from nnUNet_raw_conversion.phantom.from_labels import find_maps, make_labelled_case
 from nnUNet_raw_conversion.phantom.lesions import ann_arbor, draw_lesions, draw_sites, paint_lesions
 from nnUNet_raw_conversion.phantom.organs import draw_hu, draw_uptake
 from nnUNet_raw_conversion.phantom.render import render
@@ -21,16 +23,6 @@ from nnUNet_raw_conversion.phantom.shapes import Grid
 from nnUNet_raw_conversion.raw_dataset import RawDataset, write_case
 
 SPACING = (4.0, 4.0, 5.0)
-COHORT = (  # tracer, diagnosis, share of the cases, youngest and oldest age
-    ("68Ga-PSMA", "prostate cancer", 0.08, 50, 85),
-    ("18F-PSMA", "prostate cancer", 0.08, 50, 85),
-    ("68Ga-PSMA", "negative control", 0.02, 50, 85),
-    ("18F-PSMA", "negative control", 0.02, 50, 85),
-    ("18F-FDG", "negative control", 0.12, 20, 85),
-    ("18F-FDG", "melanoma", 0.12, 25, 85),
-    ("18F-FDG", "lung cancer", 0.08, 45, 85),
-    ("18F-FDG", "Hodgkin lymphoma", 0.48, 18, 80),
-)
 
 
 class PhantomCase(NamedTuple):
@@ -52,7 +44,7 @@ def make_case(index: int, seed: int = 0, spacing: tuple[float, float, float] = S
     """
     streams = np.random.SeedSequence((seed, index)).spawn(5)  # so that a change in one part leaves the others alone
     clinical, body, disease, looks, imaging = map(np.random.default_rng, streams)
-    tracer, diagnosis, _, youngest, oldest = COHORT[clinical.choice(len(COHORT), p=[row[2] for row in COHORT])]
+    tracer, diagnosis, _, youngest, oldest = draw_group(clinical)
     sex = "M" if "PSMA" in tracer or clinical.random() < 0.5 else "F"
     age = int(clinical.integers(youngest, oldest, endpoint=True))
 
@@ -80,30 +72,64 @@ def _write(index: int, folder: Path, seed: int, spacing: tuple[float, float, flo
     return case.record
 
 
+def _write_labelled(
+    index: int, folder: Path, seed: int, spacing: tuple[float, float, float] | None, maps: list[Path],
+    tracer: str | None,
+) -> ClinicalRecord:  # fmt: skip
+    case = make_labelled_case(maps[index % len(maps)], index, seed, spacing, tracer)
+    write_case(folder, case.record.case_id, case.ct, case.pet, case.lesions)
+    return case.record
+
+
 def write_phantom(
-    dataset_id: int, cases: int, seed: int = 0, spacing: tuple[float, float, float] = SPACING, processes: int = 1
-) -> Path:
-    """Write the dataset `DatasetXXX_Phantom` with `cases` cases to nnUNet_raw and return its folder.
+    dataset_id: int,
+    cases: int | None,
+    seed: int = 0,
+    spacing: tuple[float, float, float] | None = None,
+    processes: int = 1,
+    anatomy: Path | None = None,
+    tracer: str | None = None,
+) -> tuple[Path, list[ClinicalRecord]]:
+    """Write the dataset `DatasetXXX_Phantom` with `cases` cases to nnUNet_raw; return its folder and the records.
+
+    Args:
+        spacing: of the voxels in mm (x, y, z); None is `SPACING`, or with `anatomy` that of each organ map.
+        anatomy: a folder of organ maps to build the cases around, in the order of their names, from the first again
+            where there are more cases; `cases` may then be None, for one case a map.
+        tracer: of the cases around organ maps; None takes it from the names of the files.
 
     Raises:
-        UserError: fewer than one case or process, a spacing outside 2-12 mm, or what `RawDataset` raises.
+        UserError: fewer than one case or process, a spacing outside 2-12 mm, or what `find_maps`, `RawDataset` raise.
     """
-    if cases < 1:
+    if cases is None and anatomy is None:
+        raise UserError("-n is missing: say how many cases you want, or give organ maps with --anatomy")
+    if cases is not None and cases < 1:
         raise UserError(f"-n {cases}: the number of cases must be 1 or more")
     if seed < 0:
         raise UserError(f"--seed {seed}: a seed is a number from 0")
-    if not all(2 <= s <= 12 for s in spacing):
+    if spacing is not None and not all(2 <= s <= 12 for s in spacing):
         raise UserError(f"--spacing {' '.join(f'{s:g}' for s in spacing)}: three numbers from 2 to 12 (mm, x y z)")
-    with RawDataset(dataset_id, "Phantom") as dataset:
-        work = partial(_write, folder=dataset.staging, seed=seed, spacing=tuple(spacing))
+    if tracer is not None and anatomy is None:
+        raise UserError(f"--tracer {tracer}: goes with --anatomy only; without it the tracers are drawn")
+    dataset = RawDataset(dataset_id, "Phantom")
+    if anatomy is None:
+        work = partial(_write, seed=seed, spacing=tuple(spacing or SPACING))
+    else:
+        maps = find_maps(anatomy, tracer, cases)
+        cases = cases or len(maps)
+        work = partial(_write_labelled, seed=seed, spacing=spacing, maps=maps, tracer=tracer)
+    with dataset:
+        work = partial(work, folder=dataset.staging)
         records = list(tqdm(map_cases(work, range(cases), processes), "cases", cases))
-        write_clinical(dataset.staging / "clinical.csv", sorted(records, key=lambda record: record.case_id))
-    return dataset.folder
+        records.sort(key=lambda record: record.case_id)
+        write_clinical(dataset.staging / "clinical.csv", records)
+    return dataset.folder, records
 
 
 def _run(args: argparse.Namespace) -> None:
-    folder = write_phantom(args.d, args.n, args.seed, tuple(args.spacing), args.np)
-    print(f"{args.n} phantoms written to {folder}")
+    spacing = args.spacing and tuple(args.spacing)
+    folder, records = write_phantom(args.d, args.n, args.seed, spacing, args.np, args.anatomy, args.tracer)
+    print(f"{len(records)} phantoms written to {folder}")
     print(f"Next: fratmae_plan_and_preprocess -d {args.d}")
 
 
@@ -111,10 +137,14 @@ def main() -> None:
     """The console script fratmae_phantom."""
     parser = argparse.ArgumentParser(prog="fratmae_phantom", description=__doc__)
     parser.add_argument("-d", type=int, required=True, metavar="ID", help="dataset ID, 1-999")
-    parser.add_argument("-n", type=int, required=True, metavar="CASES", help="number of cases")
+    parser.add_argument("-n", type=int, metavar="CASES", help="number of cases (with --anatomy: default one a map)")
     parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same dataset (default 0)")
-    parser.add_argument("--spacing", type=float, nargs=3, default=SPACING, metavar=("X", "Y", "Z"),
-                        help="voxel spacing in mm, 2 to 12 (default 4 4 5)")  # fmt: skip
+    parser.add_argument("--spacing", type=float, nargs=3, metavar=("X", "Y", "Z"),
+                        help="voxel spacing in mm, 2 to 12 (default 4 4 5, or that of the organ map)")  # fmt: skip
+    parser.add_argument("--anatomy", type=Path, metavar="DIR", help="folder of organ maps (labels 1 to 10 as autoPET "
+                        "III's) to build the cases around")  # fmt: skip
+    parser.add_argument("--tracer", help="18F-FDG, 18F-PSMA or 68Ga-PSMA, for all organ maps (default: fdg or psma "
+                        "as the name of the file says)")  # fmt: skip
     parser.add_argument("-np", type=int, default=1, help="number of processes (default 1)")
     run_command(parser, _run)
 

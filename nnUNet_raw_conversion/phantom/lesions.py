@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from nnUNet_raw_conversion.phantom.anatomy import Anatomy
 from nnUNet_raw_conversion.phantom.organs import BONES, LABEL, TRACERS, labels_of
 from nnUNet_raw_conversion.phantom.shapes import Grid, Point
+
+if TYPE_CHECKING:
+    from nnUNet_raw_conversion.phantom.fit import FittedAnatomy
+
+    Body = Anatomy | FittedAnatomy
 
 SOFT = ("fat", "visceral fat", "mediastinum", "muscle", "lung", "small intestine", "pancreas", "thyroid")
 
@@ -134,7 +139,7 @@ def _lymphoma_sites(rng: np.random.Generator) -> list[str]:
 
 
 def draw_lesions(
-    rng: np.random.Generator, diagnosis: str, sites: list[str], anatomy: Anatomy, tracer: str, uptake: np.ndarray
+    rng: np.random.Generator, diagnosis: str, sites: list[str], anatomy: Body, tracer: str, uptake: np.ndarray
 ) -> list[Lesion]:
     """Draw several lesions a site, from fainter than the liver to very hot, but much alike in one patient."""
     size = np.exp(rng.normal(0.1, 0.3))
@@ -158,7 +163,7 @@ def draw_lesions(
     return lesions
 
 
-def _draw_centre(rng: np.random.Generator, site: str, anatomy: Anatomy) -> np.ndarray:
+def _draw_centre(rng: np.random.Generator, site: str, anatomy: Body) -> np.ndarray:
     """A point of the plan along the chain of nodes, beside the vessels, or within the organs of `site`."""
     if site in NODAL:
         nodes = NODAL[site]
@@ -167,7 +172,7 @@ def _draw_centre(rng: np.random.Generator, site: str, anatomy: Anatomy) -> np.nd
         points, wanted = start + rng.random((50, 1)) * (end - start) + scatter, SOFT
     else:
         target = EXTRANODAL[site]
-        points, wanted = rng.uniform(target.low, target.high, (1500, 3)), target.organs
+        points, wanted = anatomy.points_in(rng, target.organs, target.low, target.high), target.organs
     return points[labels_of(*wanted)[anatomy.organ_at(points)].argmax()]
 
 
@@ -182,7 +187,7 @@ def _draw_balls(rng: np.random.Generator, centre: np.ndarray, radius: float) -> 
 
 
 def paint_lesions(
-    lesions: list[Lesion], anatomy: Anatomy, grid: Grid, coordinates: list[np.ndarray], organs: np.ndarray
+    lesions: list[Lesion], anatomy: Body, grid: Grid, coordinates: list[np.ndarray], organs: np.ndarray
 ) -> LesionMaps:
     """Sample the lesions on the grid; each has at least one voxel, however coarse the grid is."""
     maps = LesionMaps(*(np.zeros(grid.shape, dtype) for dtype in (np.uint8, np.float32, np.float32)))

@@ -75,11 +75,12 @@ class SmoothField:
 @dataclass(frozen=True)
 class Shape:
     """A region that paints labels: `paint(labels, x, y, z)` works on arrays of any shape; nothing lies outside the box
-    from `low` to `high`."""
+    from `low` to `high`. `organ` is what it paints; a trunk paints many and has none."""
 
     low: np.ndarray
     high: np.ndarray
     paint: Paint
+    organ: str = ""
 
 
 def _fill(organ: str, inside: Callable[..., np.ndarray], within: Sequence[str]) -> Paint:
@@ -114,7 +115,7 @@ def ellipsoid(
         radius = sum((u[0] * dx + u[1] * dy + u[2] * dz) ** 2 for u in (turn / semi).T)
         return radius < 1 if below_y is None else (radius < 1) & (y < below_y)
 
-    return Shape(centre - half, centre + half, _fill(organ, inside, within))
+    return Shape(centre - half, centre + half, _fill(organ, inside, within), organ)
 
 
 def tube(
@@ -142,7 +143,7 @@ def _cone(organ: str, a: np.ndarray, b: np.ndarray, ra: float, rb: float, within
         return distance2 < (ra + t * (rb - ra)) ** 2
 
     reach = max(ra, rb)
-    return Shape(np.minimum(a, b) - reach, np.maximum(a, b) + reach, _fill(organ, inside, within))
+    return Shape(np.minimum(a, b) - reach, np.maximum(a, b) + reach, _fill(organ, inside, within), organ)
 
 
 class Curve:
@@ -164,6 +165,11 @@ class Profile:
         knots, *columns = zip(*rows, strict=True)
         self.half_width, self.half_depth, self.y = (Curve(knots, column) for column in columns)
         self.low, self.high = knots[0], knots[-1]
+
+    def radius(self, angle: np.ndarray, z: np.ndarray) -> np.ndarray:
+        """Distance in mm from the axis to the surface in the direction `angle` (0 to the left, pi/2 to the back)."""
+        u, v = np.abs(np.cos(angle)) / self.half_width(z), np.abs(np.sin(angle)) / self.half_depth(z)
+        return (u**2.5 + v**2.5) ** -0.4
 
     def depth(self, x: np.ndarray, y: np.ndarray, z: np.ndarray) -> np.ndarray:
         """How far a point lies below the surface, in mm along the ray from the axis; negative outside."""

@@ -1,0 +1,232 @@
+"""fratmae_convert_ghsg: PET/CT of a multi-centre trial (DICOM in any layout, NIfTI folders) to a raw dataset.
+
+Made for the trials of the German Hodgkin Study Group (HD16, HD17, HD18), and as good for any hospital's PET/CT. What
+the headers say decides: which series belong together, which PET and CT are taken, which contours are the lesions.
+Cases are called by pseudonyms; the key table that tells who they are lies outside of the dataset.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+
+from nnUNet_raw_conversion.clinical import ClinicalRecord
+from nnUNet_raw_conversion.command import UserError, run_command
+from nnUNet_raw_conversion.conversion import Loaded, Study, convert_studies
+from nnUNet_raw_conversion.dicom.choose import choose_ct, choose_lesions, usable_cts
+from nnUNet_raw_conversion.dicom.index import Series
+from nnUNet_raw_conversion.dicom.lesions import read_lesions
+from nnUNet_raw_conversion.dicom.suv import SuvOverride, read_overrides, read_suv
+from nnUNet_raw_conversion.dicom.volume import read_volume
+from nnUNet_raw_conversion.geometry import parse_grid, read_image, resample_to, target_grid
+from nnUNet_raw_conversion.linking import link_unchanged
+from nnUNet_raw_conversion.patients import (
+    PATIENT_COLUMNS,
+    Table,
+    parse_columns,
+    read_patients,
+    read_test_list,
+    record_of,
+)
+from nnUNet_raw_conversion.pseudonyms import Key, assign, key_file, read_keys, scrubber, write_keys
+from nnUNet_raw_conversion.raw_dataset import RawDataset
+from nnUNet_raw_conversion.splits import SPLITS_FILE, make_splits, write_splits
+from nnUNet_raw_conversion.trial import ALL, Visit, find_visits, select
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How the images of a visit are made; picklable."""
+
+    visit: Visit
+    contours: tuple[tuple[str, Path], ...] = ()
+    """("RTSTRUCT" or "SEG", file)."""
+    contours_why: str = ""
+    override: SuvOverride | None = None
+    lesion_roi: str | None = None
+    grid: str = "pet"
+
+
+def load_visit(recipe: Recipe) -> Loaded:
+    """Read the images of a visit; nothing that is said about them names the patient.
+
+    Raises:
+        UserError: why it cannot be converted.
+    """
+    visit = recipe.visit
+    hide = scrubber([one.header for one in visit.series], visit.folders)
+    try:
+        if visit.problem:
+            raise UserError(visit.problem)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # those of pydicom show what is in the headers
+            loaded = _load_dicom(recipe) if visit.pet else _load_nifti(visit)
+    except UserError as error:
+        raise UserError(hide(str(error))) from None
+    loaded.notes = [hide(note) for note in loaded.notes]
+    loaded.used = {what: hide(why) for what, why in loaded.used.items()}
+    loaded.rois = [{k: hide(v) if isinstance(v, str) else v for k, v in row.items()} for row in loaded.rois]
+    return loaded
+
+
+def _load_dicom(recipe: Recipe) -> Loaded:
+    visit = recipe.visit
+    pet, notes = read_suv(visit.pet, recipe.override)
+    used = {"PET": visit.why}
+    ct_series, used["CT"] = choose_ct(visit.series, visit.pet)
+    ct, rois, lesions = None, [], None
+    if ct_series is not None:
+        ct, _, ct_notes = read_volume(ct_series)
+        notes += [note if note.startswith("CT") else f"CT: {note}" for note in ct_notes]
+    if recipe.contours:
+        used["lesions"] = recipe.contours_why
+        # Drawn on the grid that is written: contours resampled as masks would lose what is smaller than voxels
+        target = target_grid(ct, pet, recipe.grid)
+        image = pet if recipe.grid == "pet" else resample_to(pet, target, 0)
+        lesions, rows = read_lesions(recipe.contours, image, visit.pet.frame_uid, recipe.lesion_roi)
+        rois = [asdict(row) for row in rows]
+    elif "lesions" in visit.files:
+        used["lesions"] = "a NIfTI file in the study's folder"
+        lesions = read_image(visit.files["lesions"], "the NIfTI file of the lesions")
+    return Loaded(ct, pet, lesions, notes, used, rois)
+
+
+def _load_nifti(visit: Visit) -> Loaded:
+    images = {what: read_image(file, f"the NIfTI file of the {what}") for what, file in visit.files.items()}
+    used = dict.fromkeys(images, "a NIfTI file")
+    return Loaded(images.get("CT"), images["PET"], images.get("lesions"), [], used)
+
+
+def make_recipe(visit: Visit, contours: Sequence[Series], allow_missing_ct: bool, **settings) -> Recipe:
+    """What a visit is made of, and whether it can be made; `contours` are all RTSTRUCT and SEG series there are."""
+    files, why = [], ""
+    has_ct = "CT" in visit.files
+    if visit.pet:
+        cts, left = usable_cts(visit.series, visit.pet)
+        has_ct = bool(cts)
+        files, why = choose_lesions(contours, visit.pet, cts)
+    if not (has_ct or allow_missing_ct or visit.problem):
+        what = "no CT in the PET's frame of reference" if visit.pet else "no NIfTI file is the CT"
+        unusable = f" ({'; '.join(left)})" if visit.pet and left else ""
+        visit = replace(visit, problem=f"{what}{unusable}; say --allow-missing-ct to fill its channel with air")
+    return Recipe(visit, tuple(files), why, **settings)
+
+
+def convert_ghsg(args: argparse.Namespace) -> None:
+    """The command: all tables and lists are checked before the first image is read."""
+    parse_grid(args.grid)
+    dataset = RawDataset(args.d, args.n)
+    columns = parse_columns(args.columns)
+    table = read_patients(args.clinical, columns) if args.clinical else Table({})
+    overrides = read_overrides(args.suv_override) if args.suv_override else {}
+    keys_path = key_file(args.key_file, args.i[0])
+    keys = read_keys(keys_path)
+
+    visits, contours, messages = find_visits(args.i)
+    visits = [table.with_trial(visit) for visit in visits]
+    visits, more = select(visits, args.timepoint)
+    named = assign(keys, [Key("", v.trial, v.patient, v.timepoint, v.source) for v in visits], args.n)
+    cases = {key.case_id: visit for key, visit in zip(named, visits, strict=True)}
+    test = read_test_list(args.test_list, cases) if args.test_list else set()
+    if strange := set(overrides) - set(cases):
+        raise UserError(f"{args.suv_override}: {len(strange)} of its case_id are no case here; they are the pseudonyms "
+                        f"in {keys_path}")  # fmt: skip
+    write_keys(keys_path, keys)
+
+    studies, without_row, unlabelled = [], 0, 0
+    for case_id, visit in sorted(cases.items()):
+        settings = {"override": overrides.get(case_id), "lesion_roi": args.lesion_roi, "grid": args.grid}
+        recipe = make_recipe(visit, contours, args.allow_missing_ct, **settings)
+        row = table.find(visit, case_id)
+        studies.append(_study(case_id, recipe, record_of(case_id, visit, row, args.diagnosis), case_id in test))
+        without_row += bool(args.clinical) and row is None
+        unlabelled += studies[-1].part == "Pt" and not recipe.visit.problem
+    messages += more
+    if unlabelled:
+        messages.append(f"{unlabelled} cases without lesion contours are for pretraining only (imagesPt)")
+    if without_row:
+        messages.append(f"{without_row} cases have no row in {args.clinical}; what the headers say is taken")
+    for message in messages:
+        print(message, file=sys.stderr)
+    print(f"{len({(v.trial, v.patient) for v in visits})} patients; who they are is in {keys_path}")
+
+    options = {"command": "fratmae_convert_ghsg", "grid": args.grid, "timepoint": args.timepoint or "all"}
+    failed = convert_studies(dataset, studies, options, args.np)
+    if args.link:
+        _link(dataset.folder, cases)
+    _write_splits(dataset.folder, studies, cases)
+    if failed:
+        sys.exit(1)  # which cases, and why, has been said
+
+
+def main() -> None:
+    """The console script fratmae_convert_ghsg."""
+    parser = argparse.ArgumentParser(prog="fratmae_convert_ghsg", description=__doc__.split("\n")[0])
+    add = parser.add_argument
+    add("-i", type=Path, nargs="+", required=True, metavar="DIR", help="folder(s) with the studies, in any layout")
+    add("-d", type=int, required=True, metavar="ID", help="dataset ID, 1 to 999")
+    add("-n", default="GHSG", metavar="NAME", help="dataset name, also of the pseudonyms [GHSG]")
+    add("--clinical", type=Path, metavar="FILE", help="table (csv or xlsx) of stage, age, sex, ... a patient")
+    add("--columns", nargs="+", default=[], metavar="OURS=THEIRS", help="how the table calls columns, as case_id=PatNr "
+        f"stage=AnnArbor; ours are {', '.join(PATIENT_COLUMNS)}")  # fmt: skip
+    add("--diagnosis", default="Hodgkin lymphoma", help="where the table has none [Hodgkin lymphoma]")
+    add("--lesion-roi", metavar="REGEX", help="ROIs that are lesions [all but organs, outlines, planning volumes]")
+    add("--grid", default="pet", help="grid to write: pet, ct, or a spacing x,y,z in mm [pet]")
+    add("--timepoint", type=_timepoint, default=1, metavar="N", help="N-th PET study of a patient by date, or all [1]")
+    add("--test-list", type=Path, metavar="FILE", help="patients (number or pseudonym, one a line) for imagesTs")
+    add("--allow-missing-ct", action="store_true", help="PET without CT is converted, with a CT of air")
+    add("--suv-override", type=Path, metavar="FILE", help="csv of what headers lack: case_id (the pseudonym), "
+        "weight_kg, dose_bq or dose_mbq, injection_datetime, half_life_s")  # fmt: skip
+    add("--key-file", type=Path, metavar="FILE", help="table of pseudonyms, read and written [key_DIR.csv beside -i]")
+    add("--link", action="store_true", help="hard links to NIfTI files that are just as they would be written")
+    add("-np", type=int, default=4, metavar="N", help="number of processes, up to 4 GB each [4]")
+    run_command(parser, convert_ghsg)
+
+
+def _study(case_id: str, recipe: Recipe, record: ClinicalRecord, test: bool) -> Study:
+    visit = recipe.visit
+    has_lesions = bool(recipe.contours) or "lesions" in visit.files
+    cts = [one for one in visit.series if one.modality == "CT"] if visit.pet else []
+    files = [file for one in ([visit.pet] if visit.pet else []) + cts for file in one.files]
+    inputs = (*files, *visit.files.values(), *(file for _, file in recipe.contours))
+    part = "Ts" if test else "Tr" if has_lesions else "Pt"
+    settings = (recipe.override, recipe.lesion_roi, visit.problem)
+    return Study(case_id, record, part, partial(load_visit, recipe), (*inputs, *settings))
+
+
+def _link(folder: Path, cases: Mapping[str, Visit]) -> None:
+    linked = refused = 0
+    for case_id, visit in cases.items():
+        if visit.files and (folder / "conversion" / f"{case_id}.png").exists():
+            counts = link_unchanged(folder, case_id, visit.files)
+            linked, refused = linked + counts[0], refused + counts[1]
+    elsewhere = f"; {refused} are copies, for they lie on another file system" if refused else ""
+    print(f"--link: {linked} files are links to the originals{elsewhere}")
+
+
+def _write_splits(folder: Path, studies: Sequence[Study], cases: Mapping[str, Visit]) -> None:
+    """splits_final.json where patients have several labelled cases, which nnU-Net would put on both sides."""
+    there = [s for s in studies if s.part == "Tr" and (folder / "labelsTr" / f"{s.case_id}.nii.gz").exists()]
+    patient_of = {study.case_id: f"{cases[study.case_id].trial}/{cases[study.case_id].patient}" for study in there}
+    if len(set(patient_of.values())) < len(patient_of):
+        stratum_of = {study.case_id: f"{study.record.tracer} {study.record.stage}" for study in there}
+        if splits := make_splits(patient_of, stratum_of):
+            write_splits(folder, splits)
+            print(f"{SPLITS_FILE}: every patient on one side only")
+
+
+def _timepoint(text: str) -> int:
+    if text == "all":
+        return ALL
+    if text.isdigit() and int(text) > 0:
+        return int(text)
+    raise argparse.ArgumentTypeError(f"{text!r} is neither a number from 1 on nor all")
+
+
+if __name__ == "__main__":
+    main()

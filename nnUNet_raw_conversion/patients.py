@@ -1,0 +1,181 @@
+"""What is known of the patients of a trial: their rows in the clinical table, their DICOM headers, the test list."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from datetime import datetime
+from pathlib import Path
+
+import pydicom
+
+from nnUNet_raw_conversion.clinical import COLUMNS, TRACERS, ClinicalRecord, clinical_record, read_table
+from nnUNet_raw_conversion.command import UserError
+from nnUNet_raw_conversion.pseudonyms import same_number, scrubber
+from nnUNet_raw_conversion.trial import Visit, trial_in
+
+PATIENT_COLUMNS = (*(name for name in COLUMNS if name != "missing"), "trial")
+# Fluorodeoxyglucose F^18^ in SRT and SNOMED CT (PS3.16 CID 4021); other agents are known by the meaning of their code
+FDG_CODES = {"C-B1031", "35321007"}
+
+
+@dataclass(frozen=True)
+class Table:
+    """A clinical table by (trial or "", patient's number as `same_number` gives it)."""
+
+    records: dict[tuple[str, str], ClinicalRecord]
+
+    def with_trial(self, visit: Visit) -> Visit:
+        """The visit with the trial that the table has for the patient, if nothing else tells it."""
+        numbers = set(map(same_number, visit.numbers))
+        trials = {trial for trial, number in self.records if trial and number in numbers}
+        return replace(visit, trial=trials.pop()) if not visit.trial and len(trials) == 1 else visit
+
+    def find(self, visit: Visit, case_id: str) -> ClinicalRecord | None:
+        """The row of a visit's patient; rows may have pseudonyms as well."""
+        for number in (*visit.numbers, case_id):
+            for trial in (visit.trial, ""):
+                if (trial, same_number(number)) in self.records:
+                    return self.records[trial, same_number(number)]
+        return None
+
+
+def parse_columns(pairs: list[str]) -> dict[str, str]:
+    """{"case_id": "PatNr"} of ["case_id=PatNr"].
+
+    Raises:
+        UserError: not of this form, or a name that we do not have.
+    """
+    columns = dict(pair.split("=", 1) for pair in pairs if "=" in pair)
+    wrong = [pair for pair in pairs if "=" not in pair] + [name for name in columns if name not in PATIENT_COLUMNS]
+    if wrong:
+        raise UserError(f"--columns {wrong[0]}: say OURS=THEIRS with one of {', '.join(PATIENT_COLUMNS)} as ours")
+    return columns
+
+
+def read_patients(path: Path, columns: Mapping[str, str]) -> Table:
+    """The clinical table of a trial, a row a patient; columns that we do not know are ignored.
+
+    Args:
+        columns: our names and the table's; the column `case_id` has the patients' numbers, `trial` (needed only where
+            trials share numbers) HD18 or 18.
+
+    Raises:
+        UserError: naming file, line and column.
+    """
+    header, rows = read_table(path)
+    lower = [name.lower() for name in header]
+    place = {}
+    for name in PATIENT_COLUMNS:
+        wanted = columns.get(name, name)
+        count = lower.count(wanted.lower())
+        if count > 1 or (not count and (name in columns or name == "case_id")):
+            what = "is there twice" if count else "is not there"
+            raise UserError(f"{path}, line 1: column {wanted!r} {what}; correct it, or say --columns {name}=NAME")
+        if count:
+            place[name] = lower.index(wanted.lower())
+    records: dict[tuple[str, str], ClinicalRecord] = {}
+    for line, cells in rows:
+        values = {name: cells[index] for name, index in place.items()}
+        trial = str(values.pop("trial", None) or "")
+        try:
+            record = clinical_record(**values)
+            key = trial_in(trial) or trial_in(f"HD{trial.strip()}"), same_number(record.case_id)
+            if key in records:
+                raise UserError("case_id: is there twice; keep one row a patient, or name the column of the trial")
+        except UserError as error:
+            raise UserError(f"{path}, line {line}: {error}") from None
+        records[key] = record
+    return Table(records)
+
+
+def record_of(case_id: str, visit: Visit, row: ClinicalRecord | None, diagnosis: str) -> ClinicalRecord:
+    """What is known of a case: its row, without what names the patient, and what that leaves open from the headers."""
+    hide = scrubber([one.header for one in visit.series], visit.folders)
+    row = row or ClinicalRecord(case_id)
+    row = replace(
+        row, **{name: text and hide(text) for name in ("tracer", "diagnosis") if (text := getattr(row, name))}
+    )
+    said = _from_header(visit.pet.header) if visit.pet else {}
+    filled = {name: getattr(row, name) or said.get(name) for name in ("tracer", "age", "sex")}
+    return replace(row, case_id=case_id, diagnosis=row.diagnosis or diagnosis or None, **filled)
+
+
+def read_test_list(path: Path, cases: Mapping[str, Visit]) -> set[str]:
+    """The case ids of the patients in a file with one a line: number, trial and number ("HD18 12"), or pseudonym.
+
+    Empty lines and what follows a # do not count. All time points of a patient are test cases.
+
+    Raises:
+        UserError: naming the line, never what is in it.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError):
+        raise UserError(
+            f"--test-list {path}: cannot be read as UTF-8 text; give a file with a patient a line"
+        ) from None
+    called: dict[str, set[tuple[str, str]]] = {}
+    for case_id, visit in cases.items():
+        names = {case_id.casefold(), *map(same_number, visit.numbers)}
+        names |= {f"{visit.trial} {same_number(number)}".casefold() for number in visit.numbers if visit.trial}
+        for name in names:
+            called.setdefault(name, set()).add((visit.trial, visit.patient))
+    chosen = set()
+    for number, line in enumerate(lines, 1):
+        text = line.split("#")[0].strip().strip(",;").strip()
+        if not text:
+            continue
+        with_trial = re.fullmatch(r"HD[ _-]?(\d\d)[\s,;/_-]+(\S.*)", text, re.I)
+        names = [same_number(text), text.casefold()]
+        names += [f"hd{with_trial[1]} {same_number(with_trial[2])}"] if with_trial else []
+        found = set().union(*(called.get(name, set()) for name in names))
+        if len(found) != 1:
+            what = (
+                "patients of several trials; write the trial before the number, as HD18 12" if found else "no patient"
+            )
+            raise UserError(f"--test-list {path}, line {number}: is {what}{'' if found else ' of the input'}")
+        chosen |= found
+    return {case_id for case_id, visit in cases.items() if (visit.trial, visit.patient) in chosen}
+
+
+def _from_header(header: pydicom.Dataset) -> dict[str, object]:
+    """Tracer, age in years and sex of a PET's header, as far as it says them."""
+    said: dict[str, object] = {"tracer": _tracer(header)}
+    for name, keyword in (("age", "PatientAge"), ("sex", "PatientSex")):
+        try:
+            said[name] = getattr(clinical_record("-", **{name: str(header.get(keyword) or "")}), name)
+        except UserError:  # a header that makes no sense is as good as none
+            said[name] = None
+    if said["age"] is None:
+        said["age"] = _age(str(header.get("PatientBirthDate") or ""), str(header.get("StudyDate") or ""))
+    return said
+
+
+def _age(birth: str, study: str) -> float | None:
+    """Completed years between two DICOM dates."""
+    try:
+        born, day = (datetime.strptime(text, "%Y%m%d") for text in (birth, study))
+    except ValueError:
+        return None
+    years = day.year - born.year - ((day.month, day.day) < (born.month, born.day))
+    return float(years) if 0 <= years <= 120 else None
+
+
+def _tracer(header: pydicom.Dataset) -> str | None:
+    """By RadiopharmaceuticalInformationSequence (0054,0016): its code, or its text where that is one we know."""
+    for item in header.get("RadiopharmaceuticalInformationSequence") or ():
+        codes = item.get("RadiopharmaceuticalCodeSequence") or ()
+        if any(code.get("CodeValue") in FDG_CODES for code in codes):
+            return "18F-FDG"
+        for text in (*(code.get("CodeMeaning") for code in codes), item.get("Radiopharmaceutical")):
+            tracer = clinical_record("-", tracer=text).tracer
+            if tracer in TRACERS:
+                return tracer
+        for code in codes:  # a word of a coding scheme, which cannot hold anything of the patient
+            if code.get("CodingSchemeDesignator") in ("SRT", "SCT", "DCM", "NCIt", "UMLS", "FDASRS") and code.get(
+                "CodeMeaning"
+            ):
+                return clinical_record("-", tracer=re.sub(r"\^", "", code.CodeMeaning)).tracer
+    return None

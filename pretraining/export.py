@@ -1,0 +1,107 @@
+"""fratmae_export: the encoders of a checkpoint of fratmae_pretrain, with contract, model card and nnU-Net's format."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from nnUNet_raw_conversion.command import UserError, run_command
+from pretraining.checkpoint import LATEST
+
+ALIGN_NAME, CARD_NAME = "context_align.safetensors", "model_card.md"
+
+
+def export(state: Mapping[str, Any], folder: Path) -> None:
+    """Write the artefact of a checkpoint: encoders in two formats, their contract, a model card and, where there was
+    text, the projections (and the text tower, if it was trained) that `fratmae_retrieve` needs."""
+    from safetensors.torch import save
+
+    from nnunet_fratmae.artefact import save_artefact
+    from plans.contract import Contract
+
+    contract = Contract(**(state["contract"] | {"epochs": state["epoch"]}))
+    weights = state["model"]
+    aligned = {k: v.cpu().contiguous() for k, v in weights.items() if k.startswith(("context_align.", "text_tower."))}
+    files = {CARD_NAME: model_card(contract, state["history"]).encode()}
+    if aligned:
+        files[ALIGN_NAME] = save(aligned)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in files.items():
+        partial = folder / f".partial_{name}"
+        partial.write_bytes(content)
+        os.replace(partial, folder / name)
+    start = "fratmae.encoders."
+    save_artefact(folder, {k.removeprefix(start): v for k, v in weights.items() if k.startswith(start)}, contract)
+
+
+def model_card(contract: Any, history: list[dict[str, Any]]) -> str:
+    """What the weights are, in Markdown: for whom, from what, how good on held-out cases, how to load them."""
+    seen = "\n".join(f"- {d['name']}: {d['cases']} cases, licence: {d['licence'] or 'not stated'}"
+                     for d in contract.datasets)  # fmt: skip
+    row = history[-1] if history else {}
+    keys = ("held_out_CT", "held_out_PET", "psnr_CT", "psnr_PET", "gain_CT", "gain_PET", "retrieval_top1",
+            "retrieval_chance1")  # fmt: skip
+    measured = "\n".join(f"| {key} | {row[key]:.4f} |" for key in keys if row.get(key) is not None) or "| none | |"
+    fold = contract.left_out_fold
+    left_out = "" if fold is None else f"Validation cases of fold {fold} were not seen."
+    return f"""# PET/CT encoders, {contract.method}, {contract.preset}
+
+Two Vision Transformers (CT, PET; width {contract.embed_dim}, depth {contract.depth}), pretrained for {contract.epochs}
+epochs with nnunet-fratmae. For research on whole-body PET/CT; not a medical device.
+
+- Input: volumes (B, 1, H, W, D), {contract.axes}; CT in HU and PET in SUVbw, brought to pretraining units by
+  `plans.units.to_units`.
+- Patch {list(contract.patch)} voxels of a study resized to {list(contract.grid)}, every {contract.k}. {contract.stack}
+  slice; tokens of {list(contract.token_patch)} voxels. Any patch of whole tokens loads.
+- Text tower: {contract.text_tower or "none"}
+
+## Data
+
+{seen}
+{left_out}
+
+## Held-out cases, last epoch
+
+Masked MSE in pretraining units, PSNR in dB, cross-modal gain (0: the partner is not used), retrieval of the own prompt.
+
+| | |
+|---|---|
+{measured}
+
+## Use
+
+```python
+from nnunet_fratmae.artefact import load_pretrained
+from plans.units import to_units
+encoders = load_pretrained("this_folder")                       # "CT" and "PET", alone or both
+tokens = encoders["PET"](to_units("PET", suv))                  # (B, 1 + N, {contract.embed_dim}), CLS first
+maps = encoders["PET"].feature_maps(to_units("PET", suv), [3, 6, 9, 12])
+```
+
+In nnU-Net: `FRATMAE_PRETRAINED=this_folder nnUNetv2_train ID 3d_fullres 0 -tr FratMAETrainer`.
+
+Licence: {contract.licence}
+"""
+
+
+def main() -> None:
+    """Entry point of the command."""
+    parser = argparse.ArgumentParser(prog="fratmae_export", description=__doc__)
+    parser.add_argument("-m", type=Path, required=True, metavar="FOLDER", help="output folder of fratmae_pretrain")
+    parser.add_argument("-chk", default=LATEST, metavar="FILE", help=f"which checkpoint (default: {LATEST})")
+    parser.add_argument("-o", type=Path, required=True, metavar="FOLDER", help="where to write the artefact")
+    run_command(parser, _run)
+
+
+def _run(args: argparse.Namespace) -> None:
+    from pretraining.checkpoint import load
+
+    path = args.m / args.chk
+    if not path.is_file():
+        there = ", ".join(sorted(p.name for p in args.m.glob("checkpoint_*.pth"))) or "none"
+        raise UserError(f"-chk {args.chk}: not in {args.m}; there are {there}")
+    export(load(path), args.o)
+    print(f"encoders, contract and model card: {args.o}")

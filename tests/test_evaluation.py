@@ -1,0 +1,131 @@
+"""What stage 1 is judged by, against plain references."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from plans.settings import Pretrain, Settings, WholeBody
+from pretraining.data import Case
+from pretraining.evaluation import HeldOut, evaluate, evaluate_retrieval, guesses, token_mask
+from pretraining.fratmae import patchify, random_masking
+from pretraining.monitor import flops_per_patch
+
+PATCH, TOKEN = (8, 16, 24), (4, 8, 8)  # a grid of 2 x 2 x 3 tokens
+
+
+class Stub(nn.Module):
+    """Answers with the partner's voxels, times a factor."""
+
+    token_patch, factor = TOKEN, 1.0
+
+    def forward(self, image, keep):
+        (modality,) = keep
+        partner = image[:, :1] if modality == "PET" else image[:, 1:]
+        return {modality: self.factor * patchify(partner, TOKEN)}, None
+
+
+def held_out(images: torch.Tensor, prompts=None) -> HeldOut:
+    cases = [Case(None, f"D/{i}", (0, 1), prompts and prompts[i]) for i in range(len(images))]
+    generators = {m: torch.Generator().manual_seed(i) for i, m in enumerate(("CT", "PET"))}
+    masks = {m: random_masking(len(images), 12, 0.5, generator) for m, generator in generators.items()}
+    return HeldOut(cases, images, {m: k for m, (k, _) in masks.items()}, {m: x for m, (_, x) in masks.items()}, {})
+
+
+def test_error_psnr_and_gain_match_a_reference():
+    torch.manual_seed(0)
+    ct = torch.randn(3, 1, *PATCH)
+    cases = held_out(torch.cat([ct, ct + 0.1 * torch.randn_like(ct)], 1))
+    row = evaluate(Stub(), cases, True, torch.device("cpu"))
+    for number, (modality, peak) in enumerate((("CT", 2524 / 500), ("PET", 12.5))):
+        masked = token_mask(cases.images[:, :1], cases.masked[modality], TOKEN)[:, 0]
+        own = np.mean([float((cases.images[i, 0] - cases.images[i, 1])[masked[i]].square().mean()) for i in range(3)])
+        other = np.mean([
+            float((cases.images[i, number] - cases.images[(i + 1) % 3, 1 - number])[masked[i]].square().mean())
+            for i in range(3)
+        ])  # fmt: skip
+        assert row[f"held_out_{modality}"] == pytest.approx(own, rel=1e-4)
+        assert row[f"psnr_{modality}"] == pytest.approx(10 * np.log10(peak**2 / own), rel=1e-4)
+        assert row[f"gain_{modality}"] == pytest.approx(1 - own / other, rel=1e-4) and row[f"gain_{modality}"] > 0.9
+
+
+def test_a_network_that_ignores_the_partner_has_no_gain():
+    stub = Stub()
+    stub.factor = 0.0
+    row = evaluate(stub, held_out(torch.randn(3, 2, *PATCH)), True, torch.device("cpu"))
+    assert row["gain_CT"] == row["gain_PET"] == 0
+    assert "gain_CT" not in evaluate(stub, held_out(torch.randn(3, 2, *PATCH)), False, torch.device("cpu"))
+
+
+def test_guesses_match_a_reference():
+    torch.manual_seed(0)
+    volumes = torch.randn(2, 1, *PATCH)
+    _, masked = random_masking(2, 12, 0.5, torch.Generator().manual_seed(3))
+    found = guesses("PET", volumes, masked, TOKEN)
+    mask = token_mask(volumes, masked, TOKEN)[:, 0].numpy()
+    mean, copy = [], []
+    for volume, gaps in zip(volumes[:, 0].numpy(), mask, strict=True):
+        mean.append(np.mean((volume[gaps] - volume[~gaps].mean()) ** 2))
+        visible, hidden = np.argwhere(~gaps), np.argwhere(gaps)
+        distance = ((hidden[:, None] - visible[None]) ** 2).sum(-1)
+        # Where several visible voxels are nearest, any of them is a fair guess: compare with the best and the worst
+        nearest = distance == distance.min(1, keepdims=True)
+        error = (volume[tuple(hidden.T)][:, None] - volume[tuple(visible.T)][None]) ** 2
+        copy.append((np.where(nearest, error, np.inf).min(1).mean(), np.where(nearest, error, -np.inf).max(1).mean()))
+    assert found["mean_guess_PET"] == pytest.approx(np.mean(mean), rel=1e-5)
+    low, high = np.mean(copy, axis=0)
+    assert low <= found["copy_guess_PET"] <= high
+
+
+def test_token_mask_marks_exactly_the_masked_tokens():
+    masked = torch.tensor([[0, 7, 11]])
+    expected = np.zeros(PATCH, bool)
+    for h, w, d in ((0, 0, 0), (1, 0, 1), (1, 1, 2)):
+        expected[4 * h : 4 * h + 4, 8 * w : 8 * w + 8, 8 * d : 8 * d + 8] = True
+    np.testing.assert_array_equal(token_mask(torch.zeros(1, 1, *PATCH), masked, TOKEN)[0, 0], expected)
+
+
+class Align:
+    @staticmethod
+    def embed_pet(x):
+        return nn.functional.normalize(x, dim=-1)
+
+    embed_text = embed_pet
+
+
+class MeanEncoder(nn.Module):
+    """CLS token (mean, 1 - mean)."""
+
+    def forward(self, volume):
+        mean = volume.mean(dim=(1, 2, 3, 4))
+        return torch.stack([mean, 1 - mean], 1)[:, None]
+
+
+def test_retrieval_finds_the_prompt_of_each_case():
+    model = nn.Module()
+    model.encoders = nn.ModuleDict({"PET": MeanEncoder()})
+    images = torch.zeros(4, 2, *PATCH)
+    images[:2, 1] = 1.0
+    text = {"FDG": torch.tensor([1.0, 0.0]), "PSMA": torch.tensor([0.0, 1.0])}
+    row = evaluate_retrieval(model, Align, held_out(images, ["FDG", "FDG", "PSMA", None]), text, torch.device("cpu"))
+    assert row["retrieval_top1"] == 1 and row["retrieval_chance1"] == 0.5
+    row = evaluate_retrieval(model, Align, held_out(images, ["FDG", "PSMA", "PSMA", None]), text, torch.device("cpu"))
+    assert row["retrieval_top1"] == pytest.approx(2 / 3)
+    assert evaluate_retrieval(model, Align, held_out(images, ["FDG"] * 4), text, torch.device("cpu")) == {}
+
+
+@pytest.mark.parametrize("method", ["fratmae_notext", "mae"])
+def test_flops_are_those_that_torch_counts(method):
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from pretraining.engine import build_model, draw_masks
+
+    whole = WholeBody(grid=(32, 64, 96), patch=(16, 64, 96), k=2)
+    settings = Settings(preset="vit_tiny", token_patch=(4, 8, 8), wholebody=whole, pretrain=Pretrain(method=method))
+    model = build_model(settings)
+    keep = {m: k for m, (k, _) in draw_masks(1, 384, 0.5, method != "mae", (0,)).items()}
+    with FlopCounterMode(display=False) as counter, torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        model(torch.zeros(1, 2, *whole.patch), keep)
+    assert flops_per_patch(settings) == pytest.approx(3 * counter.get_total_flops(), rel=0.03)

@@ -1,0 +1,175 @@
+"""The key table of pseudonyms, and texts without what identifies a patient."""
+
+from __future__ import annotations
+
+import stat
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydicom import Dataset
+
+from nnUNet_raw_conversion.command import UserError
+from nnUNet_raw_conversion.pseudonyms import (
+    IMAGING_WORDS,
+    Key,
+    assign,
+    key_file,
+    read_keys,
+    same_number,
+    scrubber,
+    write_keys,
+)
+
+
+def wanted(*patients: str, trial: str = "HD18", timepoint: str = "20200101") -> list[Key]:
+    return [Key("", trial, patient, timepoint, f"/in/{patient}") for patient in patients]
+
+
+def test_new_patients_get_the_next_numbers():
+    keys = [Key("GHSG_0007", "HD18", "a", "20200101")]
+    named = assign(keys, wanted("b", "a", "c"), "GHSG")
+    assert named[1].case_id == "GHSG_0007"
+    assert {named[0].case_id, named[2].case_id} == {"GHSG_0008", "GHSG_0009"}
+    assert {key.patient for key in keys} == {"a", "b", "c"}
+
+
+def test_order_of_the_numbers_is_not_that_of_the_patients():
+    patients = [f"{i:03d}" for i in range(50)]
+    named = assign([], wanted(*patients), "GHSG")
+    assert sorted(key.case_id for key in named) != [key.case_id for key in named]
+    assert len({key.case_id for key in named}) == 50
+
+
+def test_pseudonyms_are_stable_over_runs_and_added_patients(tmp_path):
+    path = tmp_path / "keys.csv"
+    keys: list[Key] = []
+    first = {k.patient: k.case_id for k in assign(keys, wanted("Müller", "12", "0012"), "GHSG")}
+    write_keys(path, keys)
+    keys = read_keys(path)
+    again = {k.patient: k.case_id for k in assign(keys, wanted("5", "0012", "müller", "12"), "GHSG")}
+    assert {name: again[name.lower()] for name in first} == first
+    assert again["5"] == "GHSG_0004"
+
+
+def test_same_number_in_two_trials_is_two_patients():
+    keys: list[Key] = []
+    named = assign(keys, wanted("12", trial="HD16") + wanted("12", trial="HD17"), "GHSG")
+    assert len({key.case_id for key in named}) == 2
+    again = assign(keys, wanted("12", trial="HD17") + wanted("12", trial="HD16"), "GHSG")
+    assert [key.case_id for key in again] == [key.case_id for key in named[::-1]]
+
+
+def test_rows_of_a_user_without_trial_and_time_point_fit_any(tmp_path):
+    path = tmp_path / "mine.csv"
+    path.write_text("case_id;patient\nKoeln-7;12\n")
+    keys = read_keys(path)
+    first, later = assign(keys, wanted("12") + wanted("12", timepoint="20210101"), "GHSG")
+    assert first.case_id == "Koeln-7" and later.case_id == "GHSG_0001"
+    write_keys(path, keys)
+    assert read_keys(path)[1] == Key("Koeln-7", "HD18", "12", "20200101", "/in/12")
+
+
+def test_key_table_is_for_its_owner_only(tmp_path):
+    path = tmp_path / "new" / "keys.csv"
+    write_keys(path, [Key("A_0001", "", "x")])
+    path.chmod(0o644)
+    write_keys(path, [Key("A_0001", "", "x")])
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert [p.name for p in path.parent.iterdir()] == ["keys.csv"]
+
+
+def test_key_table_lies_beside_the_input(tmp_path):
+    assert key_file(None, tmp_path / "export") == tmp_path.resolve() / "key_export.csv"
+    assert key_file(tmp_path / "k.csv", tmp_path / "export") == tmp_path.resolve() / "k.csv"
+
+
+@pytest.mark.parametrize(
+    "place", ["Dataset522_GHSG/keys.csv", "Dataset1_key.csv", "results/keys.csv", ".partial_Dataset5_x/k"]
+)
+def test_key_table_in_a_folder_that_is_passed_on_is_refused(tmp_path, monkeypatch, place):
+    monkeypatch.setenv("nnUNet_results", str(tmp_path / "results"))
+    with pytest.raises(UserError, match="--key-file"):
+        key_file(tmp_path / place, tmp_path / "export")
+
+
+@pytest.mark.parametrize(
+    ("text", "what"),
+    [
+        ("case_id,name\nA,Erika\n", "line 1"),
+        ("case_id,patient,patient\nA,1,2\n", "line 1"),
+        ("case_id,patient\nA 1,Erika\n", "line 2"),
+        ("case_id,patient\nA_0000,Erika\n", "line 2"),
+        ("case_id,patient\nA,Erika\nB,\n", "line 3"),
+        ("case_id,patient\nA,Erika\na,Hans\n", "line 3"),
+        ("case_id,patient\nA,Erika\nB,ERIKA\n", "line 3"),
+        ("case_id,patient\nA,Erika,7\n", "line 2"),
+    ],
+)
+def test_bad_key_tables_are_refused_without_their_content(tmp_path, text, what):
+    path = tmp_path / "keys.csv"
+    path.write_text(text)
+    with pytest.raises(UserError, match=what) as error:
+        read_keys(path)
+    assert "rika" not in str(error.value) and "\n" not in str(error.value)
+
+
+def test_key_table_that_cannot_be_written_is_one_line(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="--key-file"):
+        write_keys(tmp_path / "file" / "keys.csv", [])
+
+
+@pytest.mark.parametrize(("a", "b"), [("0012", "12"), (" HD 5", "hd  5"), ("12.0", "012"), ("000", "000")])
+def test_numbers_are_compared_as_spreadsheets_leave_them(a, b):
+    assert same_number(a) == same_number(b)
+
+
+def header(**tags) -> Dataset:
+    dataset = Dataset()
+    for keyword, value in tags.items():
+        setattr(dataset, keyword, value)
+    return dataset
+
+
+PERSON = {"PatientName": "Müller^Änne^^Dr", "PatientID": "K-4711/08", "PatientBirthDate": "19641122"}
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["PET Mueller WB", "GTV_MÜLLER_1", "GTVmuller", "roi Anne", "k-4711", "*19641122", "born 22.11.1964", "1964-11-22",
+     "uid 1.2.840.113619.2.55.3", "file /x/Kettler_Jo/pet.nii.gz", "AENNE", "on 2019-02-03",
+     "GTV Mu\u0308ller"],
+)  # fmt: skip
+def test_what_identifies_is_hidden(text):
+    shown = scrubber([header(**PERSON)], ["Kettler_Jo", "PET"])(text)
+    low = shown.lower()
+    assert "…" in shown
+    for secret in ("muell", "müll", "mull", "u\u0308ll", "anne", "aenne", "4711", "1964", "kettler", "113619", "2019"):
+        assert secret not in low
+
+
+@pytest.mark.parametrize(
+    "text", ["PET AC, 267 slices, 1.5 mm", "GTV_Mass_left", "CT covers 83% of the PET's length", "180 min, slope 1.25",
+             "PatientWeight (0010,1030) is missing or 0", "dose is 350, read as MBq"],
+)  # fmt: skip
+def test_what_does_not_identify_is_shown(text):
+    assert scrubber([header(**PERSON)], ["Kettler_Jo", "PET", "CT_low_dose", "image"])(text) == text
+
+
+LATIN = st.characters(categories=["Lu", "Ll"], max_codepoint=0x24F)
+
+
+@given(name=st.text(LATIN, min_size=4, max_size=12), glue=st.sampled_from("_- ./^"))
+def test_any_name_is_hidden_in_any_case(name, glue):
+    hide = scrubber([header(PatientName=name)], [])
+    for form in (name, name.upper(), name.lower()):
+        if form.casefold() not in IMAGING_WORDS:
+            assert hide(f"roi{glue}{form}{glue}7") == f"roi{glue}…{glue}7"
+
+
+def test_source_has_no_default_in_nnunet_raw(tmp_path, monkeypatch):
+    """Beside the input, even if nnUNet_raw is set: datasets are shared, and with them whatever lies there."""
+    monkeypatch.setenv("nnUNet_raw", str(tmp_path / "raw"))
+    assert tmp_path / "raw" not in key_file(None, Path(tmp_path / "in")).parents
