@@ -95,10 +95,6 @@ class Views:
             float(self.options.ct_shift * shift / PRETRAINING_UNITS["CT"].std),
         )
 
-    def middle(self, case: int) -> View:
-        """The middle of a case as it is: what a held-out case always shows."""
-        return View(case, window(self.whole, (0.5, 0.5, 0.5, 0.0)), False, 1.0, 0.0)
-
 
 def window(whole: WholeBody, draws: Sequence[float]) -> tuple[slice, slice, slice]:
     """The voxels of a patch: every k-th of k * n neighbouring slices of the stack, at a random place and phase.

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from plans.settings import Settings
 from plans.units import MODALITIES, PRETRAINING_UNITS
-from pretraining.data import Case, Views, read_patch
+from pretraining.data import Case, read_patch, window
 from pretraining.fratmae import FratMAE, patchify, random_masking, reconstruction_loss, unpatchify
 
 if TYPE_CHECKING:
@@ -36,8 +36,7 @@ def hold_out_patches(cases: list[Case], settings: Settings, token_patch: tuple[i
     """The middle patch of each case and fixed masks; None without cases."""
     if not cases:
         return None
-    views = Views(None, len(cases), settings.wholebody, settings.pretrain)
-    images = torch.stack([read_patch(case, views.middle(i).window) for i, case in enumerate(cases)])
+    images = torch.stack([middle_patch(case, settings) for case in cases])
     tokens = math.prod(settings.wholebody.patch) // math.prod(token_patch)
     keep, masked, baselines = {}, {}, {}
     for number, modality in enumerate(MODALITIES):
@@ -46,6 +45,11 @@ def hold_out_patches(cases: list[Case], settings: Settings, token_patch: tuple[i
         volumes = images[:, number : number + 1]
         baselines |= guesses(modality, volumes, masked[modality], token_patch)
     return HeldOut(cases, images, keep, masked, baselines)
+
+
+def middle_patch(case: Case, settings: Settings) -> Tensor:
+    """The middle patch (2, *patch) of a case as it is."""
+    return read_patch(case, window(settings.wholebody, (0.5, 0.5, 0.5, 0.0)))
 
 
 def guesses(modality: str, volumes: Tensor, masked: Tensor, token_patch: tuple[int, int, int]) -> dict[str, float]:

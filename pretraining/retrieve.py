@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
+from tqdm import tqdm
 
 from nnUNet_raw_conversion.clinical import ClinicalRecord, prompt, read_clinical
 from nnUNet_raw_conversion.command import UserError, find_dataset, run_command
@@ -72,7 +73,7 @@ def _run(args: argparse.Namespace) -> None:
     if args.device == "cuda" and not torch.cuda.is_available():
         raise UserError("-device cuda: no GPU can be used here; say -device cpu")
     from pretraining.data import list_cases
-    from pretraining.evaluation import hold_out_patches
+    from pretraining.evaluation import middle_patch
 
     preprocessed = find_dataset("nnUNet_preprocessed", args.d)
     plans, dataset_json = load_plans(preprocessed)
@@ -84,9 +85,9 @@ def _run(args: argparse.Namespace) -> None:
     held_out = set(state["identity"]["held_out"])
     encoder, align, tower = _networks(state, settings, args.text_weights)
     encoder.to(args.device)
-    studies = hold_out_patches(cases, settings, settings.token_patch)
     with torch.no_grad():
-        cls = torch.cat([encoder(image[None, 1:].to(args.device))[:, 0].cpu() for image in studies.images])
+        patches = (middle_patch(case, settings)[None, 1:].to(args.device) for case in tqdm(cases, "studies"))
+        cls = torch.cat([encoder(patch)[:, 0].cpu() for patch in patches])
         pets = align.embed_pet(cls)
         columns = {}
         for field in FIELDS:
