@@ -168,7 +168,7 @@ class Pretraining:
         monitor = Monitor(self.folder, self.settings, self.fabric) if self.fabric.is_global_zero else None
         if monitor:
             monitor.introduce(self.model, self.train, self.held_out, self.batches.steps)
-        self._listen()
+        before = self._listen()
         steps = self.batches.steps
         done = self.epoch * steps + self.step
         is_quiet = not self.fabric.is_global_zero
@@ -184,6 +184,8 @@ class Pretraining:
                     self._keep()
         finally:
             self.loader = None  # ends its processes, which do not listen to signals
+            for number, handler in before.items():
+                signal.signal(number, handler)
         if monitor:
             monitor.close()
             export(self._state(), self.folder)
@@ -318,14 +320,14 @@ class Pretraining:
             worker_init_fn=_ignore_signals,
         )  # fmt: skip
 
-    def _listen(self) -> None:
-        """SIGTERM and SIGUSR1 (SLURM, nnssl's habit) end the run after the step, with a checkpoint."""
+    def _listen(self) -> dict[int, Any]:
+        """SIGTERM and SIGUSR1 (SLURM, nnssl's habit) end the run after the step, with a checkpoint; what they did
+        before."""
 
         def note(number: int, _: Any) -> None:
             self.signal = number
 
-        for number in (signal.SIGTERM, signal.SIGUSR1):
-            signal.signal(number, note)
+        return {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGUSR1)}
 
     def _is_asked_to_stop(self) -> bool:
         if self.fabric.world_size == 1:

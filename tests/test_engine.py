@@ -183,6 +183,7 @@ def test_a_signal_saves_and_leaves_within_an_epoch(tmp_path, cases):
     with pytest.raises(SystemExit) as left:
         asked.run()
     assert left.value.code == 128 + signal.SIGUSR1
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL, "the handlers are gone with the run"
     state = torch.load(tmp_path / "cut" / "checkpoint_latest.pth", weights_only=True)
     assert (state["epoch"], state["step"]) == (1, 3)
     assert timeless(run(tmp_path / "cut", cases, resume=True, epochs=2, patches_per_case=3)) == timeless(whole)
