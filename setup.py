@@ -76,7 +76,7 @@ setup(
     extras_require={
         "compressed": ["python-gdcm"],  # JPEG and JPEG 2000 inside DICOM
         "huggingface": ["transformers>=4.57"],  # text towers other than CLIP's
-        "test": ["pytest", "hypothesis", "ruff", "setuptools", "wheel", "python-gdcm"],
+        "test": ["pytest", "pytest-xdist", "hypothesis", "ruff", "setuptools", "wheel", "python-gdcm"],
         "bench": [],
     },
     entry_points={
@@ -89,6 +89,7 @@ setup(
             "fratmae_pretrain = pretraining.pretrain:main",
             "fratmae_export = pretraining.export:main",
             "fratmae_retrieve = pretraining.retrieve:main",
+            "fratmae_predict_stage = nnunet_fratmae.predict_stage:main",
         ]
     },
 )

@@ -20,8 +20,8 @@ import torch
 from nnunet_fratmae.networks.unetr import FratMAEUNETR
 from plans.extension import PAPER_PATCH, PAPER_TOKEN
 from plans.settings import Settings, WholeBody
-from pretraining.engine import build_model, draw_masks, parameter_groups
 from pretraining.fratmae import Objective
+from pretraining.recipe import build_model, draw_masks, parameter_groups
 
 
 def pretraining_step(preset: str, batch: int, device: str) -> dict[str, float]:

@@ -56,6 +56,8 @@ def checked_case(
     if ct is not None:
         ct = _on_grid(ct, target, AIR_HU, "CT", grid, notes)
         _check_pair(ct, pet)
+        if np.mean(np.all(sitk.GetArrayViewFromImage(ct) == AIR_HU, axis=(1, 2))) > 0.05:
+            notes.append("the CT ends before the PET, where it is filled with air")
     else:
         ct = sitk.Cast(target, sitk.sitkFloat32) * 0 + AIR_HU
         notes.append(f"no CT: filled with air ({AIR_HU} HU)")

@@ -19,7 +19,7 @@ from nnUNet_raw_conversion.clinical import ClinicalRecord
 from nnUNet_raw_conversion.command import UserError, run_command
 from nnUNet_raw_conversion.conversion import Loaded, Study, convert_studies
 from nnUNet_raw_conversion.dicom.choose import choose_ct, choose_lesions, usable_cts
-from nnUNet_raw_conversion.dicom.index import Series
+from nnUNet_raw_conversion.dicom.index import Series, read_header
 from nnUNet_raw_conversion.dicom.lesions import read_lesions
 from nnUNet_raw_conversion.dicom.suv import SuvOverride, read_overrides, read_suv
 from nnUNet_raw_conversion.dicom.volume import read_volume
@@ -28,6 +28,7 @@ from nnUNet_raw_conversion.linking import link_unchanged
 from nnUNet_raw_conversion.patients import (
     PATIENT_COLUMNS,
     Table,
+    other_sex,
     parse_columns,
     read_patients,
     read_test_list,
@@ -59,7 +60,9 @@ def load_visit(recipe: Recipe) -> Loaded:
         UserError: why it cannot be converted.
     """
     visit = recipe.visit
-    hide = scrubber([one.header for one in visit.series], visit.folders)
+    # Contours are found by what they refer to, so that they may be told under another number and name
+    headers = [one.header for one in visit.series] + [read_header(file) for _, file in recipe.contours]
+    hide = scrubber(headers, visit.folders)
     try:
         if visit.problem:
             raise UserError(visit.problem)
@@ -93,6 +96,9 @@ def _load_dicom(recipe: Recipe) -> Loaded:
     elif "lesions" in visit.files:
         used["lesions"] = "a NIfTI file in the study's folder"
         lesions = read_image(visit.files["lesions"], "the NIfTI file of the lesions")
+    elif any(one.modality in ("RTSTRUCT", "SEG") for one in visit.series):
+        used["lesions"] = recipe.contours_why
+        notes.append("the patient has RTSTRUCT or SEG, but none refers to this PET, its CT or their frame of reference")
     return Loaded(ct, pet, lesions, notes, used, rois)
 
 
@@ -139,10 +145,15 @@ def convert_ghsg(args: argparse.Namespace) -> None:
     write_keys(keys_path, keys)
 
     studies, without_row, unlabelled = [], 0, 0
+    patients_of: dict[int, set[tuple[str, str]]] = {}  # by the row that was found for them
+    doubtful: list[str] = []
     for case_id, visit in sorted(cases.items()):
         settings = {"override": overrides.get(case_id), "lesion_roi": args.lesion_roi, "grid": args.grid}
         recipe = make_recipe(visit, contours, args.allow_missing_ct, **settings)
         row = table.find(visit, case_id)
+        if row:
+            patients_of.setdefault(id(row), set()).add((visit.trial, visit.patient))
+            doubtful += [case_id] if len(patients_of[id(row)]) > 1 or other_sex(visit, row) else []
         studies.append(_study(case_id, recipe, record_of(case_id, visit, row, args.diagnosis), case_id in test))
         without_row += bool(args.clinical) and row is None
         unlabelled += studies[-1].part == "Pt" and not recipe.visit.problem
@@ -151,6 +162,10 @@ def convert_ghsg(args: argparse.Namespace) -> None:
         messages.append(f"{unlabelled} cases without lesion contours are for pretraining only (imagesPt)")
     if without_row:
         messages.append(f"{without_row} cases have no row in {args.clinical}; what the headers say is taken")
+    if doubtful:
+        shown = ", ".join(doubtful[:5]) + (", ..." if doubtful[5:] else "")
+        messages.append(f"{args.clinical}: the rows of {shown} may be of others "
+                        "(another patient has the same row, or the headers say another sex)")  # fmt: skip
     for message in messages:
         print(message, file=sys.stderr)
     print(f"{len({(v.trial, v.patient) for v in visits})} patients; who they are is in {keys_path}")

@@ -52,7 +52,10 @@ def link_unchanged(folder: Path, case_id: str, sources: Mapping[str, Path]) -> t
 
 def _same_content(target: Path, source: Path) -> bool:
     """Whether two NIfTI files have the same voxels of the same type at the same places, and `source` no text."""
-    if source.name[-7:].lower() != ".nii.gz":
+    with source.open("rb") as stream:
+        start = stream.read(4)
+    # gzip, pigz and Python put the name of what they packed into the header (RFC 1952: FEXTRA, FNAME, FCOMMENT)
+    if source.name[-7:].lower() != ".nii.gz" or start[:2] != b"\x1f\x8b" or start[3] & 0b11100:
         return False
     a, b = nibabel.load(target), nibabel.load(source)
     if a.shape != b.shape or a.get_data_dtype() != b.get_data_dtype() or not np.allclose(a.affine, b.affine, atol=1e-4):

@@ -102,6 +102,12 @@ def record_of(case_id: str, visit: Visit, row: ClinicalRecord | None, diagnosis:
     return replace(row, case_id=case_id, diagnosis=row.diagnosis or diagnosis or None, **filled)
 
 
+def other_sex(visit: Visit, row: ClinicalRecord | None) -> bool:
+    """Whether the header of a visit's PET says another sex than its row, so that it may be the row of another."""
+    said = _from_header(visit.pet.header)["sex"] if visit.pet else None
+    return bool(row and row.sex and said and row.sex != said)
+
+
 def read_test_list(path: Path, cases: Mapping[str, Visit]) -> set[str]:
     """The case ids of the patients in a file with one a line: number, trial and number ("HD18 12"), or pseudonym.
 

@@ -24,15 +24,16 @@ _TRIAL = re.compile(r"(?<![A-Za-z0-9])HD[ _-]?([12]\d)(?![A-Za-z0-9])", re.I)
 _TRIAL_TAGS = [f"ClinicalTrial{what}" for what in ("ProtocolID", "ProtocolName", "SponsorName", "SubjectID")]
 # Folders that hold patients or parts of one, and are no patient
 _NO_PATIENT = re.compile(
-    r"(?:(?:ghsg[ _-]?)?hd[ _-]?[12]\d|ghsg)?[ _-]?(?:dicom|dcm|data|images?|export|nifti|nii|patients?|cases|petct)?",
+    r"(?:(?:ghsg[ _-]?)?hd[ _-]?[12]\d|ghsg)?[ _-]?(?:dicom|dcm|data|images?|export|nifti|nii|patients?|cases|petct"
+    r"|train(?:ing)?|test(?:ing)?|val(?:idation)?)?",
     re.I,
 )
 _PART = re.compile(
     r"ct|pet|pt|suv|seg|segmentations?|masks?|labels?|lesions?|annotations?|contours?|rois?|images?|nifti|nii|dicom|dcm",
     re.I,
 )
-_DUMMY = re.compile(r"[\W_0x]*|[\W_0x]*(?:anonym\w*|anon|unknown|unbekannt|none|null|n/?a|de-?identified|removed|dummy"
-                    r"|no ?name|no ?id|patient(?: ?id)?|test|id)[\W_0]*", re.I)  # fmt: skip
+_DUMMY = re.compile(r"[\W_0x]*|[\W_0x]*(?:anonym[a-z]*|anon|unknown|unbekannt|none|null|n/?a|de-?identified|removed"
+                    r"|dummy|no ?name|no ?id|patient(?: ?id)?|test|id)[\W_0]*", re.I)  # fmt: skip
 _SEG_NAME = re.compile(r"seg|mask|lesion|label|gtv|annotation|contour|(?<![a-z])roi", re.I)
 _PET_NAME = re.compile(r"suv|(?<![a-z])pe?t(?![a-z])", re.I)
 _CT_NAME = re.compile(r"(?<![a-z])ct(?:res|ac)?(?![a-z])", re.I)
@@ -85,7 +86,7 @@ def find_visits(inputs: Sequence[Path], progress: bool = True) -> tuple[list[Vis
         where = " ".join(map(str, inputs))
         raise UserError(f"-i {where}: holds no PET or CT, neither DICOM nor NIfTI; give the folder of the studies")
     if unreadable:
-        messages.append(f"{unreadable} DICOM files could not be read and are left out")
+        messages.append(f"{unreadable} DICOM files or folders could not be read and are left out")
     return _without_doubles(visits), [one for one in series.values() if one.modality in ("RTSTRUCT", "SEG")], messages
 
 
@@ -97,14 +98,21 @@ def select(visits: Iterable[Visit], timepoint: int) -> tuple[list[Visit], list[s
     patients: dict[tuple, list[Visit]] = defaultdict(list)
     for visit in visits:
         patients[visit.trial, visit.patient].append(visit)
-    chosen, without = [], 0
+    chosen, without, faulty = [], 0, 0
     for mine in patients.values():
-        usable = sorted((v for v in mine if not v.problem), key=lambda v: v.order)
-        unclear = len(usable) > 1 and timepoint != ALL and any(not v.order for v in usable)
+        usable = sorted((v for v in mine if not v.problem), key=lambda v: (v.pet is None, v.order))
+        mixed = len({v.pet is None for v in usable}) > 1  # dates are not compared with names of folders
+        unclear = len(usable) > 1 and timepoint != ALL and (mixed or any(not v.order for v in usable))
+        if usable and len(usable) < len(mine):
+            faulty += len(mine) - len(usable)
+            problem = next(v.problem for v in mine if v.problem)
+            text = f"; another study of the patient cannot be used: {problem}"
+            usable = [replace(v, why=v.why + text) for v in usable]
         if not usable:
             chosen.append(mine[0])
         elif unclear:
-            text = f"{len(usable)} PET studies, one without StudyDate (0008,0020), so that their order is unknown; "
+            which = "some as DICOM and some as NIfTI" if mixed else "one without StudyDate (0008,0020)"
+            text = f"{len(usable)} PET studies, {which}, so that their order is unknown; "
             chosen.append(replace(usable[0], problem=text + "say --timepoint all, or remove the others"))
         elif timepoint == ALL:
             chosen += usable
@@ -115,6 +123,7 @@ def select(visits: Iterable[Visit], timepoint: int) -> tuple[list[Visit], list[s
     left = sum(not v.problem for v in visits) - sum(not v.problem for v in chosen)
     messages = [f"{left} PET studies at other time points are left out (--timepoint)"] if left else []
     messages += [f"{without} patients have no time point {timepoint} and are left out"] if without else []
+    messages += [f"{faulty} studies that cannot be used are left out, their patients have others"] if faulty else []
     return chosen, messages
 
 

@@ -5,13 +5,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from batchgeneratorsv2.transforms.base.basic_transform import BasicTransform
 from nnunetv2.configuration import ANISO_THRESHOLD
 from nnunetv2.training.data_augmentation.compute_initial_patch_size import get_patch_size
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
@@ -20,6 +23,8 @@ from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 
 from nnunet_fratmae.artefact import check_artefact, load_encoders
+from nnunet_fratmae.augmentation import misalign, physical_augmentation
+from nnunet_fratmae.optimization import CosineSchedule, parameter_groups
 from nnUNet_raw_conversion.command import UserError
 from plans.extension import extend_plans, follow_artefact
 from plans.settings import Settings
@@ -33,9 +38,12 @@ class FratMAETrainer(nnUNetTrainer):
     """Stage 2 of the paper, segmentation: dual ViT encoders + UNETR decoder, AdamW with cosine, Dice + CE.
 
     On plain nnU-Net plans it extends them in memory (plans/extension.py). The pretrained encoders come from
-    `fratmae.pretrained` in the plans, else the environment variable FRATMAE_PRETRAINED, else there are none; preset and
-    token patch follow the artefact. A user's error ends the command in one line (SystemExit) before a folder is made;
-    under -num_gpus, torch prints the traceback of the process it happened in as well.
+    `fratmae.pretrained` in the plans, else the environment variable FRATMAE_PRETRAINED, else there are none, and none
+    with `fratmae.finetune.from_scratch`; preset and token patch follow the artefact. Augmentation keeps the meaning of
+    HU and SUV (nnunet_fratmae/augmentation.py). GPUs that can, compute in bfloat16 instead of float16.
+
+    A user's error ends the command in one line (SystemExit) before a folder is made; under -num_gpus, torch prints the
+    traceback of the process it happened in as well.
     """
 
     def __init__(
@@ -49,7 +57,7 @@ class FratMAETrainer(nnUNetTrainer):
         continue_training = plans.pop("continue_training", False)
         self.notes, self.preparation_error = [], None
         try:
-            prepared, self.notes = prepare_plans(plans, configuration, dataset_json)
+            prepared, self.notes = self.prepare(plans, configuration, fold, dataset_json)
             check_other_folds(self._model_folder(plans, configuration), prepared, configuration, fold)
             plans = prepared
         except UserError as error:
@@ -60,6 +68,14 @@ class FratMAETrainer(nnUNetTrainer):
             plans = {**plans, "fratmae": {}}  # those of the checkpoint take their place
         super().__init__({**plans, "continue_training": continue_training}, configuration, fold, dataset_json, device)
         self._use_finetune_settings()
+        if self.uses_bf16:
+            self.grad_scaler = None  # bfloat16 has the range of float32
+
+    def prepare(
+        self, plans: dict[str, Any], configuration: str, fold: int, dataset_json: dict[str, Any]
+    ) -> tuple[dict[str, Any], list[str]]:
+        """Plans as this trainer trains them, and notes for the log; a trainer for another task has its own."""
+        return prepare_plans(plans, configuration, dataset_json)
 
     @classmethod
     def _model_folder(cls, plans: dict[str, Any], configuration: str) -> Path:
@@ -84,7 +100,7 @@ class FratMAETrainer(nnUNetTrainer):
         super().initialize()
         for note in self.notes:
             self.print_to_log_file(note, add_timestamp=False)
-        if self.settings.pretrained is not None:
+        if self.settings.pretrained is not None and not self.settings.finetune.from_scratch:
             try:
                 report = load_encoders(self.settings.pretrained, self.bare_network().encoders)
             except UserError as error:
@@ -107,44 +123,65 @@ class FratMAETrainer(nnUNetTrainer):
         super().load_checkpoint(filename_or_checkpoint)
 
     def configure_optimizers(self) -> tuple[torch.optim.Optimizer, LRScheduler]:
-        optimizer = torch.optim.AdamW(self.network.parameters(), self.initial_lr, weight_decay=self.weight_decay)
-        return optimizer, CosineSchedule(optimizer, self.num_epochs)
+        """AdamW with cosine; frozen encoders are frozen here, which is before DDP looks at the network."""
+        finetune, network = self.settings.finetune, self.bare_network()
+        network.encoders.requires_grad_(not finetune.freeze)
+        groups = parameter_groups(network, self.initial_lr, self.weight_decay, finetune.layer_decay)
+        optimizer = torch.optim.AdamW(groups, self.initial_lr)
+        return optimizer, CosineSchedule(optimizer, self.num_epochs, finetune.encoder_warmup_epochs)
+
+    @property
+    def uses_bf16(self) -> bool:
+        """Whether training runs in bfloat16: on a GPU that computes in it, not one that only emulates it."""
+        return self.device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+
+    @contextlib.contextmanager
+    def precision(self) -> Iterator[None]:
+        """nnU-Net's autocast to float16 becomes one to bfloat16 within.
+
+        The validation at the end of the training is left as it is, so that it computes what nnUNetv2_predict does.
+        """
+        before = torch.get_autocast_dtype("cuda")
+        torch.set_autocast_dtype("cuda", torch.bfloat16 if self.uses_bf16 else before)
+        try:
+            yield
+        finally:
+            torch.set_autocast_dtype("cuda", before)
+
+    def train_step(self, batch: dict[str, Any]) -> dict[str, Any]:
+        with self.precision():
+            return super().train_step(batch)
+
+    def validation_step(self, batch: dict[str, Any]) -> dict[str, Any]:
+        with self.precision():
+            return super().validation_step(batch)
 
     def configure_rotation_dummyDA_mirroring_and_inital_patch_size(self) -> tuple:
         """nnU-Net's choice, but small rotations and left-right mirroring only: a body has a front and a head."""
         patch_size = self.configuration_manager.patch_size
-        height, left_right, _ = self.configuration_manager.network_arch_init_kwargs["axes"]
+        axes = dict(zip("HWD", self.configuration_manager.network_arch_init_kwargs["axes"], strict=True))
         # A thin coronal slab (H first, as FratMAEPlans have it) is rotated in its plane only
-        in_plane = height == 0 and max(patch_size) / patch_size[0] > ANISO_THRESHOLD
+        in_plane = axes["H"] == 0 and max(patch_size) / patch_size[0] > ANISO_THRESHOLD
         rotation = (-ROTATION, ROTATION)
         initial_patch_size = get_patch_size(patch_size, rotation, rotation, rotation, SCALING)
         if in_plane:
             initial_patch_size[0] = patch_size[0]
-        self.inference_allowed_mirroring_axes = (left_right,)
-        return rotation, in_plane, initial_patch_size, (left_right,)
+        # None and not (): nnU-Net's predictor asks for the largest of the axes
+        mirrored = tuple(sorted(axes[axis] for axis in self.settings.finetune.mirror_axes)) or None
+        self.inference_allowed_mirroring_axes = mirrored
+        return rotation, in_plane, initial_patch_size, mirrored
+
+    def get_training_transforms(self, *args: Any, **kwargs: Any) -> BasicTransform:
+        """nnU-Net's, but intensities change as between scanners (nnunet_fratmae/augmentation.py)."""
+        stock = super().get_training_transforms(*args, **kwargs)
+        config = self.configuration_manager
+        return physical_augmentation(stock, self.settings.finetune, config.network_arch_init_kwargs, config.spacing)
 
     def set_deep_supervision_enabled(self, enabled: bool) -> None:
         """Nothing to set: UNETR has one output."""
 
     def plot_network_architecture(self) -> None:
         """Left out: nnU-Net's plot needs a package that no longer works."""
-
-
-class CosineSchedule(LRScheduler):
-    """Learning rate from its initial value to zero along a half cosine over `epochs` (paper section 2.4).
-
-    nnU-Net calls `step(epoch)` at the start of every epoch.
-    """
-
-    def __init__(self, optimizer: torch.optim.Optimizer, epochs: int) -> None:
-        self.epochs = epochs
-        super().__init__(optimizer)
-
-    def step(self, epoch: int = 0) -> None:
-        factor = (1 + math.cos(math.pi * epoch / self.epochs)) / 2
-        for group, initial in zip(self.optimizer.param_groups, self.base_lrs, strict=True):
-            group["lr"] = initial * factor
-        self._last_lr = [group["lr"] for group in self.optimizer.param_groups]
 
 
 def prepare_plans(
@@ -156,15 +193,19 @@ def prepare_plans(
         UserError: a configuration or channels that FratMAE cannot train, or an artefact that cannot be used.
     """
     settings = Settings.from_json(plans.get("fratmae", {}))
+    if settings.finetune.misalignment:
+        misalign(0, settings.finetune.misalignment, (1, 1, 1))  # is it to be had?
     pretrained, source = settings.pretrained, 'plans.json, "fratmae.pretrained"'
     if pretrained is None:
         pretrained, source = os.environ.get(PRETRAINED_VARIABLE) or None, f"environment variable {PRETRAINED_VARIABLE}"
-    notes = []
-    if pretrained is None:
+    notes, wanted = [], settings
+    if settings.finetune.from_scratch:
+        pretrained = None
+        notes.append("########## FratMAE: training FROM SCRATCH, as fratmae.finetune.from_scratch says ##########")
+    elif pretrained is None:
         notes.append("########## FratMAE: NO pretrained encoders, training FROM SCRATCH (set "
                      f"{PRETRAINED_VARIABLE} or fratmae.pretrained in the plans, unless you gave -pretrained_weights) "
                      "##########")  # fmt: skip
-        wanted = settings
     else:
         wanted = follow_artefact(settings, check_artefact(pretrained))
         notes.append(f"pretrained encoders are named by {source}")

@@ -117,7 +117,7 @@ class Pretrain:
     store: str = "disk"
     """disk: patches are read as they are needed; memory: all studies are held in the memory of the device."""
     shuffle_partner: bool = False
-    """A control experiment: the whole modality comes from another patient of the batch."""
+    """A control experiment: CT and PET of a pair come from different patients of a pass."""
     held_out: float = 0.1
     """Share of the cases kept aside, with fixed masks, for the curve and the picture."""
     picture_every: int = 5
@@ -176,15 +176,81 @@ class Finetune:
     learning_rate: float = 1e-4
     """Of AdamW, cosine to zero."""
     weight_decay: float = 0.01
-    """Of AdamW."""
+    """Of AdamW; biases, norms and the CLS tokens have none."""
+    from_scratch: bool = False
+    """Train without pretrained encoders, whatever fratmae.pretrained and FRATMAE_PRETRAINED say."""
+    freeze: bool = False
+    """Leave the encoders as they are and train the decoder alone."""
+    encoder_warmup_epochs: int = 0
+    """Epochs over which the encoders' learning rate rises linearly; it is 0 in the first of them."""
+    layer_decay: float = 1.0
+    """Learning rate of an encoder layer relative to the layer above it (MAE fine-tunes with 0.65 to 0.75); 1: alike."""
+    pet_scale: float = 0.1
+    """Spread (log-normal) of a factor on the whole PET of a patch, as in pretraining."""
+    ct_shift: float = 10.0
+    """Spread (normal, HU) of an offset on the whole CT of a patch above air, as in pretraining."""
+    misalignment: float = 0.0
+    """Largest shift in mm, along each axis, of the CT against PET and labels in a fifth of the patches; 0: none."""
+    mirror_axes: str = "W"
+    """Axes mirrored in training and in prediction: letters of H (front-back), W (left-right), D (head-feet)."""
 
     def __post_init__(self) -> None:
         require(self.batch_size is None or self.batch_size >= 1, "finetune.batch_size must be at least 1")
+        for name in ("pet_scale", "ct_shift", "misalignment"):
+            require(getattr(self, name) >= 0, f"finetune.{name} must not be negative")
+        require(0 <= self.encoder_warmup_epochs <= self.epochs, "finetune.encoder_warmup_epochs must lie between 0 and "
+                "finetune.epochs")  # fmt: skip
+        require(0 < self.layer_decay <= 1, "finetune.layer_decay must lie above 0 and be at most 1")
+        require(sorted(self.mirror_axes) == sorted(set(self.mirror_axes) & set("HWD")), "finetune.mirror_axes must be "
+                "letters of H, W and D, such as W or HW, or empty")  # fmt: skip
+        for name in ("from_scratch", "encoder_warmup_epochs"):
+            both = self.freeze and getattr(self, name)
+            require(not both, f"finetune.freeze and finetune.{name} exclude each other")
         for name in ("epochs", "iterations", "val_iterations"):
             require(getattr(self, name) >= 1, f"finetune.{name} must be at least 1")
         require(self.learning_rate > 0, "finetune.learning_rate must be above 0")
         require(self.weight_decay >= 0, "finetune.weight_decay must not be negative")
         require(0 <= self.foreground <= 1, "finetune.foreground must lie between 0 and 1")
+
+
+@dataclass(frozen=True)
+class Staging:
+    """Stage 2, classification of whole bodies (paper section 2.4); training patches vary as pretrain.mirror, pet_scale
+    and ct_shift say."""
+
+    target: str = "risk"
+    """What is learned from clinical.csv. risk: early (I, II, early) against advanced (III, IV, advanced); stage: I to
+    IV; or the name of a column such as tracer, whose texts are the classes."""
+    epochs: int = 500
+    """Passes over the training cases."""
+    batch_size: int = 2
+    """Studies of a step."""
+    learning_rate: float = 5e-5
+    """Of AdamW, cosine to zero."""
+    weight_decay: float = 0.01
+    """Of AdamW; biases, norms and the CLS tokens have none."""
+    dropout: float = 0.1
+    """Share of the features that the classifier does not see in a step."""
+    class_weights: bool = True
+    """Weight cases by how rare their class is among the training cases, so that every class weighs the same."""
+    patience: int | None = 100
+    """Epochs without a lower validation loss after which training ends; the final weights are then those of the lowest.
+    null: train all epochs and keep the last weights, so that the validation cases choose nothing."""
+    workers: int = 2
+    """Processes that load studies; nnUNet_n_proc_DA may lower it."""
+    seed: int = 0
+    """Of the weights, the order of the studies, their augmentation and the dropout."""
+
+    def __post_init__(self) -> None:
+        require(self.target not in ("", "case_id", "age"), "staging.target must be risk, stage or a column of "
+                "clinical.csv that has classes")  # fmt: skip
+        for name in ("epochs", "batch_size"):
+            require(getattr(self, name) >= 1, f"staging.{name} must be at least 1")
+        require(self.patience is None or self.patience >= 1, "staging.patience must be at least 1, or null")
+        require(self.learning_rate > 0, "staging.learning_rate must be above 0")
+        for name in ("weight_decay", "workers", "seed"):
+            require(getattr(self, name) >= 0, f"staging.{name} must not be negative")
+        require(0 <= self.dropout < 1, "staging.dropout must be at least 0 and below 1")
 
 
 @dataclass(frozen=True)
@@ -200,6 +266,7 @@ class Settings:
     wholebody: WholeBody = field(default_factory=WholeBody)
     pretrain: Pretrain = field(default_factory=Pretrain)
     finetune: Finetune = field(default_factory=Finetune)
+    staging: Staging = field(default_factory=Staging)
 
     def __post_init__(self) -> None:
         require(self.preset in PRESETS, f"-preset {self.preset}: unknown; there are {', '.join(PRESETS)}")

@@ -35,6 +35,14 @@ def to_units(modality: str, values: Any) -> Any:
     return (values.clip(u.lower, u.upper) - u.mean) / u.std
 
 
+def shift_above_air(ct: Any, offset: Any) -> Any:
+    """A CT (array or tensor, pretraining units) plus `offset`, a number or one for each voxel, not below air.
+
+    Air and padding (0) stay as they are: they have no density to be off by.
+    """
+    return ct + ((ct + offset).clip(0) - ct) * (ct > 0)
+
+
 def units_contract() -> dict[str, dict[str, Any]]:
     """The units as plain JSON, as they stand in an artefact's contract."""
     return {modality: asdict(units) for modality, units in PRETRAINING_UNITS.items()}

@@ -122,10 +122,14 @@ def write_store(
     partial.rename(folder)
 
 
-def _write_study(
-    study: tuple[str, tuple[list[str], str | None]], folder: Path, plans: dict[str, Any], dataset_json: dict[str, Any]
-) -> None:
-    case, (images, labels) = study
+def read_study(
+    case: str, images: list[str], labels: str | None, plans: dict[str, Any], dataset_json: dict[str, Any]
+) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
+    """A study as the store has it: volume (C, H, W, D) float16, labels, and nnU-Net's properties of the study.
+
+    Raises:
+        UserError: images that cannot be read, do not fit together or cannot be HU and SUV.
+    """
     manager = PlansManager(plans)
     grid = plans["fratmae"]["wholebody"]["grid"]  # (H, W, D), which are the axes of these plans
     configuration = WholeBodyConfiguration(manager.get_configuration("wholebody").configuration, grid)
@@ -136,7 +140,13 @@ def _write_study(
     except (RuntimeError, AssertionError) as error:  # how nnU-Net and ITK say that files are unreadable or do not fit
         raise UserError(f"case {case}: {' '.join(str(error).split()) or 'CT and PET differ in shape'}") from None
     check_units(case, data[find_modalities(dataset_json)])
-    slice_chunk = (1, 1, *grid[1:])
-    nnUNetDatasetBlosc2.save_case(
-        data.astype(np.float16), seg, properties, str(folder / case), chunks=slice_chunk, blocks=slice_chunk
-    )
+    return data.astype(np.float16), seg, properties
+
+
+def _write_study(
+    study: tuple[str, tuple[list[str], str | None]], folder: Path, plans: dict[str, Any], dataset_json: dict[str, Any]
+) -> None:
+    case, (images, labels) = study
+    data, seg, properties = read_study(case, images, labels, plans, dataset_json)
+    slice_chunk = (1, 1, *data.shape[2:])
+    nnUNetDatasetBlosc2.save_case(data, seg, properties, str(folder / case), chunks=slice_chunk, blocks=slice_chunk)

@@ -65,7 +65,12 @@ class ContextAlign(nn.Module):
         """Unit vectors (B, dim), float32, of the tower's embeddings (B, text_dim)."""
         return _embed(self.text_projection, text)
 
-    def forward(self, pet_cls: Tensor, text: Tensor, prompt_ids: Tensor) -> dict[str, Tensor]:
+    @property
+    def temperature(self) -> float:
+        """As last used."""
+        return math.exp(-self.log_scale.item())
+
+    def forward(self, pet_cls: Tensor, text: Tensor, prompt_ids: Tensor) -> Tensor:
         """The loss of the joint batch of all processes, the same number on each of them.
 
         Features are gathered with their gradient: averaged over the processes, as DDP does, the gradients are those of
@@ -77,10 +82,8 @@ class ContextAlign(nn.Module):
             prompt_ids: (B,) integers, the same number for the same prompt on all processes, -1 for no metadata.
 
         Returns:
-            loss: symmetric InfoNCE; 0 (with a graph, so that DDP sees gradients) with fewer than 2 different prompts.
-                At best it is the mean log of how many cases share a prompt.
-            top1: share of the PETs that are nearest to their own prompt, of all in the batch; NaN if loss is 0.
-            temperature: as used.
+            Symmetric InfoNCE; 0 (with a graph, so that DDP sees gradients) with fewer than 2 different prompts. At best
+            it is the mean log of how many cases share a prompt.
         """
         with torch.no_grad():
             self.log_scale.clamp_(0, math.log(MAX_SCALE))
@@ -90,13 +93,9 @@ class ContextAlign(nn.Module):
         known = ids != UNKNOWN
         pets, texts, ids = pets[known], texts[known], ids[known]
         if len(ids.unique()) < 2:
-            loss = 0.0 * (local_pet.sum() + local_text.sum() + scale)
-            top1 = loss.new_tensor(math.nan)
-        else:
-            with torch.autocast(pets.device.type, enabled=False):
-                loss = SharedPromptLoss(ids)(pets, texts, scale)
-            top1 = _hits(pets.detach(), texts.detach(), ids, 1).mean()
-        return {"loss": loss, "top1": top1, "temperature": 1 / scale.detach()}
+            return 0.0 * (local_pet.sum() + local_text.sum() + scale)
+        with torch.autocast(pets.device.type, enabled=False):
+            return SharedPromptLoss(ids)(pets, texts, scale)
 
 
 def retrieval(pets: Tensor, texts: Tensor, prompt_ids: Tensor) -> dict[str, float]:

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import math
+import os
 import platform
 import signal
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
+import blosc2
 import torch
 from lightning_fabric import Fabric
+from lightning_fabric.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
 from lightning_fabric.strategies import DDPStrategy
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
@@ -29,85 +31,22 @@ from pretraining.checkpoint import BEST, LATEST, load_latest, save
 from pretraining.data import Batches, Case, DiskPatches, MemoryPatches, Views, case_weights
 from pretraining.evaluation import evaluate, evaluate_retrieval, hold_out_patches
 from pretraining.export import export
-from pretraining.fratmae import FratMAE, Objective, partner, random_masking
+from pretraining.fratmae import FratMAE, Objective
 from pretraining.monitor import Monitor
+from pretraining.recipe import (
+    BETAS,
+    build_model,
+    choose_micro_batch,
+    choose_patches,
+    draw_masks,
+    hold_out,
+    learning_rate,
+    parameter_groups,
+)
 
 if TYPE_CHECKING:  # open_clip takes seconds to import, and two of the four arms do without it
     from pretraining.context_align import ContextAlign
     from pretraining.text import TextTower
-
-BETAS = (0.9, 0.95)  # MAE of He et al., appendix A
-STEPS_OF_AN_EPOCH = 50  # at least, where patches_per_case is left open; 1,292 cases in batches of 24 are 54
-
-
-def build_model(settings: Settings) -> FratMAE:
-    """The network of the settings, with reproducible initial weights."""
-    torch.manual_seed(settings.pretrain.seed)
-    sizes = settings.sizes
-    decoder = {"dim": sizes.decoder_dim, "depth": sizes.decoder_depth, "num_heads": sizes.decoder_heads}
-    decoder["block"] = settings.pretrain.decoder_block if settings.pretrain.is_cross_modal else "self"
-    return FratMAE(settings.wholebody.patch, settings.token_patch, sizes.encoder, decoder)
-
-
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Weight decay for matrices and kernels; none for biases, norms, the CLS token and the mask tokens."""
-    decayed, free = [], []
-    for name, parameter in model.named_parameters():
-        (free if parameter.ndim < 2 or name.endswith("_token") else decayed).append(parameter)
-    return [{"params": decayed, "weight_decay": weight_decay}, {"params": free, "weight_decay": 0.0}]
-
-
-def learning_rate(step: int, steps: int, warmup: int, highest: float) -> float:
-    """Linear warm-up over `warmup` steps, then half a cosine to zero at `steps` (paper section 2.4)."""
-    if step < warmup:
-        return highest * (step + 1) / warmup
-    return highest * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup))) / 2
-
-
-def hold_out(cases: list[Case], share: float, seed: int) -> tuple[list[Case], list[Case]]:
-    """Training and held-out cases; at least one is held out where a share is asked for and there are two cases."""
-    count = min(len(cases) - 1, max(1, round(share * len(cases)))) if share > 0 else 0
-    order = np.random.default_rng(seed).permutation(len(cases))
-    held = set(order[:count].tolist())
-    return [c for i, c in enumerate(cases) if i not in held], [c for i, c in enumerate(cases) if i in held]
-
-
-def draw_masks(
-    batch: int, tokens: int, ratio: float, is_cross_modal: bool, key: tuple[int, ...]
-) -> dict[str, tuple[Tensor, Tensor]]:
-    """Tokens to keep and to mask, (B, n) and (B, m), of each modality that is masked in this step.
-
-    One modality, drawn at random for the whole batch (paper section 2.1), or both where each is reconstructed alone.
-    The same for the same key.
-    """
-    seed = int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1)
-    generator = torch.Generator().manual_seed(seed)
-    drawn = MODALITIES[int(torch.randint(2, (1,), generator=generator))]
-    modalities = (drawn,) if is_cross_modal else MODALITIES
-    return {modality: random_masking(batch, tokens, ratio, generator) for modality in modalities}
-
-
-def choose_patches(settings: Settings, cases: int) -> Settings:
-    """Settings with the patches an epoch draws of each of so many training cases, where they were left open."""
-    options = settings.pretrain
-    if options.patches_per_case is not None:
-        return settings
-    patches = max(1, math.ceil(STEPS_OF_AN_EPOCH * options.batch_size / cases))
-    return replace(settings, pretrain=replace(options, patches_per_case=patches))
-
-
-def choose_micro_batch(options: Any, batch_size: int, world: int) -> int:
-    """Patches of one pass on one GPU.
-
-    Raises:
-        UserError: the batch cannot be cut into equal passes.
-    """
-    micro = options.micro_batch_size or batch_size // world
-    if micro < 1 or batch_size % (micro * world):
-        raise UserError(f"pretrain.batch_size {batch_size} cannot be cut into passes of {max(micro, 1)} patches on "
-                        f"{world} GPUs; choose pretrain.batch_size or pretrain.micro_batch_size anew")  # fmt: skip
-    return micro
-
 
 class Pretraining:
     """One run: `run` trains, with a checkpoint after every epoch, and exports the encoders at the end."""
@@ -150,7 +89,8 @@ class Pretraining:
         self.objective, self.optimizer = fabric.setup(objective, optimizer)
         if checkpoint:
             self.optimizer.load_state_dict(checkpoint["optimizer"])
-        self.held_out = hold_out_patches(held_out, settings, self.token_patch)
+        # Judged by one process; at full size they are 1 GB and minutes of work for the guesses
+        self.held_out = hold_out_patches(held_out, settings, self.token_patch) if fabric.is_global_zero else None
         self._prepare_loader()
         self.signal: int | None = None
 
@@ -183,7 +123,7 @@ class Pretraining:
                     self.epoch, self.step, self.sums = self.epoch + 1, 0, _empty_sums()
                     self._keep()
         finally:
-            self.loader = None  # ends its processes, which do not listen to signals
+            self._end_loader()
             for number, handler in before.items():
                 signal.signal(number, handler)
         if monitor:
@@ -214,15 +154,17 @@ class Pretraining:
                 f"{name} {value:.3f}" for name, value in self.last.items()))  # fmt: skip
             if self._is_asked_to_stop():
                 self._keep()
+                self.fabric.barrier()  # a process that leaves early has the launcher kill the one that is saving
                 name = signal.Signals(self.signal or signal.SIGTERM).name
                 print(f"\n{name}: saved after step {self.step} of epoch {self.epoch}; go on with --c", file=sys.stderr)
                 sys.exit(128 + (self.signal or signal.SIGTERM))
         seconds = time.perf_counter() - start
-        means = {f"train_{name}": total / count if count else None for name, (total, count) in self.sums.items()}
+        means = {name if name == "gradient_norm" else f"train_{name}": total / count if count else None
+                 for name, (total, count) in self.sums.items()}  # fmt: skip
         return {
             "epoch": self.epoch, **means, "learning_rate": self.optimizer.param_groups[0]["lr"], "seconds": seconds,
             "patches_per_second": (self.step - first_step) * self.batches.batch_size / seconds,
-            "data_wait": waited / seconds,
+            "data_wait": waited / seconds, "temperature": self.align.temperature if self.align else None,
         }  # fmt: skip
 
     def _train_step(self, passes: Iterator) -> float:
@@ -237,7 +179,7 @@ class Pretraining:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.zero_grad(set_to_none=True)
-        waited, parts = 0.0, {}
+        waited, parts, suspects = 0.0, {}, []
         for number, place in enumerate(self.batches.places):
             start = time.perf_counter()
             image, cases = next(passes)
@@ -245,16 +187,18 @@ class Pretraining:
             is_last = number + 1 == len(self.batches.places)
             with self.fabric.no_backward_sync(self.objective, enabled=not is_last):
                 loss, losses = self.objective(*self._inputs(image, cases, masks, place))
-                self._check(loss, cases)
                 self.fabric.backward(loss / len(self.batches.places))
+            cases = self.fabric.to_device(cases)
+            suspects.append(torch.where(loss.isfinite(), -1 - cases, cases))
             for name, value in losses.items():
                 parts[name] = parts.get(name, 0.0) + value.detach() / len(self.batches.places)
-        norm = self.fabric.clip_gradients(
+        norm = float(self.fabric.clip_gradients(
             self.objective, self.optimizer, max_norm=options.clip, error_if_nonfinite=False
-        )
-        self.optimizer.step()
+        ))  # fmt: skip
         self.last = {name: self.fabric.all_reduce(value).item() for name, value in parts.items()}
-        for name, value in (*self.last.items(), ("gradient_norm", float(norm))):
+        self._check(norm, torch.cat(suspects))
+        self.optimizer.step()
+        for name, value in (*self.last.items(), ("gradient_norm", norm)):
             total, count = self.sums[name]
             self.sums[name] = (total + value, count + 1)
         return waited
@@ -263,8 +207,7 @@ class Pretraining:
         """Arguments of the objective for one pass."""
         keep, masked = ({m: self.fabric.to_device(pair[i][place]) for m, pair in masks.items()} for i in (0, 1))
         if self.options.shuffle_partner:
-            number = MODALITIES.index(partner(next(iter(masks))))
-            image[:, number] = image[:, number].roll(1, dims=0)
+            image[:, 0] = image[:, 0].roll(1, dims=0)  # always the CT, so that the PET keeps its prompt
         image = self.fabric.to_device(image)
         if self.align is None:
             return image, keep, masked
@@ -277,12 +220,21 @@ class Pretraining:
             text = [p or "" for p in prompts]
         return image, keep, masked, text, ids
 
-    def _check(self, loss: Tensor, cases: Tensor) -> None:
-        if not torch.isfinite(loss):
-            names = ", ".join(sorted({self.train[i].name for i in cases.tolist()}))
-            raise UserError(f"the loss is {loss.item()} in epoch {self.epoch}, step {self.step}, with the cases "
-                            f"{names}; the last good weights are in {LATEST}; look for broken images or lower "
-                            "pretrain.learning_rate")  # fmt: skip
+    def _check(self, norm: float, suspects: Tensor) -> None:
+        """Stop before a step that would spoil the weights, on all processes together.
+
+        Args:
+            suspects: the numbers of the cases where the loss of their pass is not finite, -1 minus them elsewhere.
+        """
+        broken = [value for value in self.last.values() if not math.isfinite(value)]
+        if broken or not math.isfinite(norm):
+            numbers = self.fabric.all_gather(suspects).flatten().tolist()
+            found = {n for n in numbers if n >= 0} or {-1 - n for n in numbers}
+            names = ", ".join(sorted(self.train[n].name for n in found))
+            what = f"loss is {broken[0]}" if broken else f"gradient's norm is {norm}"
+            raise UserError(f"the {what} in epoch {self.epoch}, step {self.step}, with the cases {names}; the last "
+                            f"good weights are in {LATEST}; look for broken images or lower pretrain.learning_rate"
+                            )  # fmt: skip
 
     def _judge(self) -> dict[str, float]:
         if self.held_out is None:
@@ -317,8 +269,16 @@ class Pretraining:
         self.loader = DataLoader(
             DiskPatches(self.train, views), batch_sampler=self.batches, num_workers=options.workers,
             persistent_workers=options.workers > 0, pin_memory=fabric.device.type == "cuda",
-            worker_init_fn=_ignore_signals,
+            worker_init_fn=_start_loading,
         )  # fmt: skip
+
+    def _end_loader(self) -> None:
+        """End the loading processes. They do not listen to signals, so Python, at its exit after an error (whose
+        traceback holds on to the iterator), would wait for them forever."""
+        iterator = getattr(self.loader, "_iterator", None)
+        self.loader = None
+        if iterator is not None:
+            iterator._shutdown_workers()
 
     def _listen(self) -> dict[int, Any]:
         """SIGTERM and SIGUSR1 (SLURM, nnssl's habit) end the run after the step, with a checkpoint; what they did
@@ -340,14 +300,13 @@ class Pretraining:
         if not self.fabric.is_global_zero:
             return
         state = self._state()
-        save(state, self.folder / LATEST)
-        if self.step:
-            return
-        errors = [_mean_error(row) for row in self.history]
-        if errors[-1] is not None and errors[-1] == min(e for e in errors if e is not None):
-            save(state, self.folder / BEST)
-        if self.options.keep_every and self.epoch % self.options.keep_every == 0:
-            save(state, self.folder / f"checkpoint_epoch_{self.epoch:04d}.pth")
+        if not self.step:
+            errors = [_mean_error(row) for row in self.history]
+            if errors[-1] is not None and errors[-1] == min(e for e in errors if e is not None):
+                save(state, self.folder / BEST)
+            if self.options.keep_every and self.epoch % self.options.keep_every == 0:
+                save(state, self.folder / f"checkpoint_epoch_{self.epoch:04d}.pth")
+        save(state, self.folder / LATEST)  # at the end: a run killed before it does the epoch, and the others, again
 
     def _state(self) -> dict[str, Any]:
         return {
@@ -381,23 +340,42 @@ class Pretraining:
         )  # fmt: skip
 
 
-def _ignore_signals(_: int) -> None:
+def _start_loading(_: int) -> None:
     """A signal to the whole process group must not take the loading processes away from a run that is saving."""
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
+    blosc2.set_nthreads(1)  # a coronal slice is too small for more, and the processes are many
 
 
 def make_fabric(device: str, gpus: int, nodes: int, is_cross_modal: bool) -> Fabric:
-    """Launched Fabric on `gpus` GPUs (or CPU processes) of each of `nodes` nodes; torchrun and SLURM are found."""
+    """Launched Fabric on `gpus` GPUs (or CPU processes) of each of `nodes` nodes; torchrun and SLURM are found.
+
+    Raises:
+        UserError: they started another number of processes.
+    """
+    _check_launcher(gpus, nodes)
     is_bf16 = device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     # The decoder of the modality that is whole rests in a step
-    strategy = DDPStrategy(find_unused_parameters=is_cross_modal) if gpus * nodes > 1 else "auto"
+    ddp = DDPStrategy(find_unused_parameters=is_cross_modal, broadcast_buffers=False)
     fabric = Fabric(
-        accelerator=device, devices=gpus, num_nodes=nodes, strategy=strategy,
+        accelerator=device, devices=gpus, num_nodes=nodes, strategy=ddp if gpus * nodes > 1 else "auto",
         precision="bf16-mixed" if is_bf16 else "32-true",
     )  # fmt: skip
     fabric.launch()
     return fabric
+
+
+def _check_launcher(gpus: int, nodes: int) -> None:
+    """Processes of torchrun and srun that know nothing of each other would be as many runs in one folder."""
+    if TorchElasticEnvironment.detect():
+        launcher, started = "torchrun", TorchElasticEnvironment().world_size()
+    elif SLURMEnvironment.detect():  # a batch script without srun is one process
+        launcher, started = "SLURM", int(os.environ.get("SLURM_STEP_NUM_TASKS", 1))
+    else:
+        return
+    if started != gpus * nodes:
+        raise UserError(f"-num_gpus {gpus} on -num_nodes {nodes}: {launcher} started {started} processes; start one "
+                        "for each GPU (srun --ntasks-per-node, torchrun --nproc_per_node)")  # fmt: skip
 
 
 def prepare_text(
@@ -418,8 +396,9 @@ def prepare_text(
     if not prompts:
         raise UserError(f"-m {options.method}: no case has metadata to align with; give the converter a clinical.csv "
                         "and plan again, or say -m fratmae_notext")  # fmt: skip
-    with fabric.rank_zero_first():  # which fetches the weights for all
+    with fabric.rank_zero_first(local=True):  # which fetches the weights for its node
         tower = load_tower(options.text_tower, options.text_weights)
+    torch.manual_seed(options.seed)
     align = ContextAlign(settings.sizes.embed_dim, tower.dim, temperature=options.temperature)
     return tower, align, embed_prompts(tower.to(fabric.device), prompts) if options.text_frozen else {}
 

@@ -248,6 +248,6 @@ class Objective(nn.Module):
         total = torch.stack(list(losses.values())).mean()
         if self.context_align is not None:
             embeddings = text if self.text_tower is None else self.text_tower.encode(text)
-            losses["text"] = self.context_align(pet_cls, embeddings, prompt_ids)["loss"]
+            losses["text"] = self.context_align(pet_cls, embeddings, prompt_ids)
             total = total + self.text_weight * losses["text"]
         return total, losses

@@ -91,6 +91,8 @@ class Monitor:
     def close(self) -> None:
         if self.board:
             self.board.close()
+        if self.wandb:
+            self.wandb.run.finish()
 
     def picture(self, model: FratMAE, held_out: HeldOut, epoch: int) -> None:
         """Masked input, reconstruction and truth of the first held-out case, and where its PET looks in the CT."""

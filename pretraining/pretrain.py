@@ -49,13 +49,20 @@ def _run(args: argparse.Namespace) -> None:
 
     if args.device == "cuda" and not torch.cuda.is_available():
         raise UserError("-device cuda: no GPU can be used here; say -device cpu")
+    if args.device == "cuda" and args.num_gpus > torch.cuda.device_count():
+        raise UserError(f"-num_gpus {args.num_gpus}: {torch.cuda.device_count()} can be used here")
     cases = []
     for preprocessed, (plans, dataset_json) in zip(datasets, loaded, strict=True):
         left_out = set() if args.f is None else validation_cases(preprocessed, plans, args.f)
         cases += [c for c in list_cases(preprocessed, plans, dataset_json) if c.path.stem not in left_out]
     licences = {p.name: dataset_json.get("licence") for p, (_, dataset_json) in zip(datasets, loaded, strict=True)}
     fabric = make_fabric(args.device, args.num_gpus, args.num_nodes, settings.pretrain.is_cross_modal)
-    Pretraining(folder, settings, cases, licences, args.f, fabric, args.c).run()
+    try:
+        Pretraining(folder, settings, cases, licences, args.f, fabric, args.c).run()
+    except BaseException:
+        for process in getattr(fabric.strategy.launcher, "procs", []):
+            process.kill()  # or it would wait for this one until NCCL gives up after half an hour
+        raise
 
 
 def _settings(block: dict, args: argparse.Namespace) -> Settings:

@@ -146,18 +146,18 @@ def _write(path: Path, rows: list[dict[str, str]]) -> None:
 
 def _summary(rows: list[dict[str, str]], columns: dict) -> None:
     """Accuracy on held-out and on seen cases, plain and balanced over the values, beside the commonest value."""
-    for field in columns:
+    for field, (_, similarity) in columns.items():
         for is_held_out, what in (("yes", "held out"), ("no", "not held out")):
             known = [row for row in rows if row[field] and row["held_out"] == is_held_out]
             if not known:
                 continue
-            plain, balanced, commonest, guess = scores([(row[field], row[f"{field}_retrieved"]) for row in known])
+            plain, balanced, commonest = scores([(row[field], row[f"{field}_retrieved"]) for row in known])
             print(f"{field}, {len(known)} cases {what}: {plain:.3f} right (always the commonest: {commonest:.3f}); "
-                  f"balanced over values {balanced:.3f} (guessing: {guess:.3f})")  # fmt: skip
+                  f"balanced over values {balanced:.3f} (guessing: {1 / similarity.shape[1]:.3f})")  # fmt: skip
 
 
-def scores(pairs: list[tuple[str, str]]) -> tuple[float, float, float, float]:
-    """Accuracy, mean recall of the values, accuracy of always the commonest value, mean recall of guessing.
+def scores(pairs: list[tuple[str, str]]) -> tuple[float, float, float]:
+    """Accuracy, mean recall of the values, accuracy of always the commonest value.
 
     Args:
         pairs: (true, retrieved) values.
@@ -166,4 +166,4 @@ def scores(pairs: list[tuple[str, str]]) -> tuple[float, float, float, float]:
     values = sorted(set(truths))
     recalls = [sum(t == f == value for t, f in pairs) / truths.count(value) for value in values]
     plain = sum(truth == found for truth, found in pairs) / len(pairs)
-    return plain, sum(recalls) / len(values), max(map(truths.count, values)) / len(pairs), 1 / len(values)
+    return plain, sum(recalls) / len(values), max(map(truths.count, values)) / len(pairs)

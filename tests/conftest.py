@@ -17,6 +17,14 @@ SETTINGS = [
 ]  # fmt: skip
 
 
+LONGEST = ("test_stock_commands.py", "test_pretrain_runs.py", "test_discovery.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files first, so that two processes end at about the same time."""
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
+
+
 class Workspace:
     """nnU-Net's three folders below one folder, and commands run in them."""
 

@@ -1,5 +1,6 @@
 """DICOM series become images with the right voxels at the right places, or are refused in one line without a name."""
 
+import os
 import re
 import shutil
 from pathlib import Path
@@ -269,6 +270,21 @@ def test_scan_groups_by_uids_whatever_the_layout(tmp_path, capfd):
     assert found[2].description == "PET WB AC" + " x" * 15  # without name, ID, punctuation; at most 40 characters
     assert pet.header.Units == "BQML" and "PixelData" not in pet.header
     assert capfd.readouterr() == ("", "")
+
+
+def test_folders_that_cannot_be_read_are_counted(tmp_path, monkeypatch):
+    write_pet(tmp_path / "a", shape=(3, 6, 7))
+    (tmp_path / "closed").mkdir()
+    listed = os.scandir
+
+    def scandir(path):
+        if str(path).endswith("closed"):
+            raise PermissionError(13, "Permission denied", path)
+        return listed(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    series, unreadable = scan(tmp_path, progress=False)
+    assert len(series) == 1 and unreadable == 1
 
 
 def test_one_series_uid_of_two_patients(tmp_path):

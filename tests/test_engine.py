@@ -1,6 +1,7 @@
 """The pretraining run: it learns, resumes exactly, keeps its checkpoint, exports what loads again."""
 
 import json
+import multiprocessing
 import shutil
 import signal
 from dataclasses import replace
@@ -15,7 +16,7 @@ from nnunet_fratmae.artefact import check_artefact, load_encoders
 from nnunet_fratmae.networks.unetr import FratMAEUNETR
 from nnUNet_raw_conversion.command import UserError
 from plans.settings import Preset, Pretrain, Settings, WholeBody
-from pretraining import checkpoint, engine
+from pretraining import checkpoint, engine, recipe
 from pretraining.data import Case
 
 TINY = Preset(24, 4, 2, decoder_dim=24, decoder_depth=1, decoder_heads=2, unetr_features=4)
@@ -61,15 +62,16 @@ def test_it_learns(tmp_path, cases):
     """The masked MSE on a case it never saw falls far below the variance between the cases, which is 1.1."""
     rows = run(tmp_path / "out", cases, epochs=8, patches_per_case=6)
     assert rows[-1]["held_out_PET"] < 0.2 and rows[-1]["held_out_CT"] < 0.2
+    assert all(row["gradient_norm"] > 0 for row in rows)
     for picture in ("progress.png", "reconstruction.png"):
         assert (tmp_path / "out" / picture).stat().st_size > 10_000
 
 
 @pytest.mark.parametrize("cases_there, patches", [(1292, 1), (30, 40), (1, 1200)])
 def test_few_cases_still_make_epochs_of_50_steps(cases_there, patches):
-    settings = engine.choose_patches(toy_settings(patches_per_case=None, batch_size=24), cases_there)
+    settings = recipe.choose_patches(toy_settings(patches_per_case=None, batch_size=24), cases_there)
     assert settings.pretrain.patches_per_case == patches
-    assert engine.choose_patches(toy_settings(patches_per_case=3), cases_there).pretrain.patches_per_case == 3
+    assert recipe.choose_patches(toy_settings(patches_per_case=3), cases_there).pretrain.patches_per_case == 3
 
 
 def timeless(rows):
@@ -169,6 +171,42 @@ def test_a_loss_that_is_not_finite_names_the_cases_and_keeps_the_last_weights(tm
     assert state["epoch"] == 1 and all(torch.isfinite(v).all() for v in state["model"].values())
 
 
+def test_a_gradient_that_is_not_finite_stops_the_run_before_the_weights_are_spoilt(tmp_path, cases):
+    bad = start(tmp_path / "out", cases)
+    before = {name: value.clone() for name, value in bad.model.state_dict().items()}
+    bad.fabric.clip_gradients = lambda *_, **__: torch.tensor(torch.inf)
+    with pytest.raises(UserError, match="the gradient's norm is inf in epoch 0, step 0, with the cases Dataset001_Toy"):
+        bad.run()
+    assert all(torch.equal(value, before[name]) for name, value in bad.model.state_dict().items())
+
+
+def test_an_error_leaves_no_loading_process_behind(tmp_path, cases, monkeypatch):
+    """They ignore signals, so Python would wait for them at its exit; the traceback keeps the loader's iterator."""
+
+    def out_of_memory(*_):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(engine.Pretraining, "_check", out_of_memory)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        run(tmp_path / "out", cases, workers=1)
+    assert not multiprocessing.active_children()
+
+
+def test_processes_that_know_nothing_of_each_other_are_refused(monkeypatch):
+    monkeypatch.setenv("SLURM_NTASKS", "8")
+    monkeypatch.setenv("SLURM_JOB_NAME", "train")
+    engine._check_launcher(1, 1)  # a batch script without srun
+    with pytest.raises(UserError, match="SLURM started 1 processes"):
+        engine._check_launcher(8, 1)
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "8")
+    engine._check_launcher(4, 2)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    engine._check_launcher(8, 1)
+    with pytest.raises(UserError, match="torchrun started 8 processes"):
+        engine._check_launcher(1, 1)
+
+
 def test_a_signal_saves_and_leaves_within_an_epoch(tmp_path, cases):
     whole = run(tmp_path / "whole", cases, epochs=2, patches_per_case=3)
     asked = start(tmp_path / "cut", cases, epochs=2, patches_per_case=3)
@@ -245,6 +283,16 @@ def test_text_is_aligned_and_found_again(tmp_path, cases, monkeypatch, method, f
     assert any(name.startswith("text_tower") for name in weights) is not frozen
 
 
+def test_weights_at_the_start_follow_the_seed(tmp_path, cases, monkeypatch):
+    monkeypatch.setattr("pretraining.text.load_tower", lambda tower, weights: StubTower())
+    told = [replace(c, prompt=f"<tracer> {i % 2}") for i, c in enumerate(cases)]
+    runs = [start(tmp_path, told, method="fratmae", seed=seed) for seed in (3, 3, 4)]
+    first, again, other = (begun.objective.state_dict() for begun in runs)
+    assert all(torch.equal(value, again[name]) for name, value in first.items())
+    for name in ("context_align.pet_projection.weight", "fratmae.encoders.CT.cls_token"):
+        assert not torch.equal(first[name], other[name])
+
+
 def test_text_without_any_metadata_is_refused(tmp_path, cases):
     with pytest.raises(UserError, match="-m fratmae: no case has metadata.*-m fratmae_notext"):
         start(tmp_path / "out", cases, method="fratmae")
@@ -256,6 +304,8 @@ def test_a_shuffled_partner_is_no_partner(tmp_path, cases):
     own = run(tmp_path / "own", cases, **options)[-1]
     other = run(tmp_path / "other", cases, shuffle_partner=True, **options)[-1]
     assert own["gain_PET"] > other["gain_PET"]
+    with pytest.raises(UserError, match="no other patient"):
+        start(tmp_path / "alone", cases, shuffle_partner=True, **options, micro_batch_size=1)
 
 
 @pytest.fixture

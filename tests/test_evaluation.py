@@ -120,7 +120,7 @@ def test_retrieval_finds_the_prompt_of_each_case():
 def test_flops_are_those_that_torch_counts(method):
     from torch.utils.flop_counter import FlopCounterMode
 
-    from pretraining.engine import build_model, draw_masks
+    from pretraining.recipe import build_model, draw_masks
 
     whole = WholeBody(grid=(32, 64, 96), patch=(16, 64, 96), k=2)
     settings = Settings(preset="vit_tiny", token_patch=(4, 8, 8), wholebody=whole, pretrain=Pretrain(method=method))

@@ -6,7 +6,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pretraining.engine import draw_masks, hold_out, learning_rate, parameter_groups
 from pretraining.fratmae import (
     CrossAttention,
     FratMAE,
@@ -17,6 +16,7 @@ from pretraining.fratmae import (
     reconstruction_loss,
     unpatchify,
 )
+from pretraining.recipe import draw_masks, hold_out, learning_rate, parameter_groups
 
 PATCH, TOKEN = (8, 24, 32), (4, 8, 8)  # a grid of 2 x 3 x 4 tokens
 ENCODER = {"embed_dim": 24, "depth": 2, "num_heads": 2}

@@ -280,6 +280,13 @@ def test_case_on_the_grid_asked_for(where, chosen):
     assert np.mean((values(ct) > -300)[seen] == body[seen]) > 0.96
 
 
+def test_a_ct_that_ends_before_the_pet_is_told():
+    ct, pet, lesions = trunk((35, 30, 25), (5, 5, 6))
+    said = "the CT ends before the PET, where it is filled with air"
+    assert said in checked_case(ct[:, :, 5:], pet, lesions)[3]
+    assert said not in checked_case(ct, pet, lesions)[3]
+
+
 def test_without_a_ct_there_is_air():
     _, pet, lesions = trunk((28, 25, 24), (7, 6.5, 8), ORIENTATIONS[5])
     ct, suv, labels, notes = checked_case(None, pet, lesions)

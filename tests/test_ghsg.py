@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import gzip
 import json
 import os
 import shutil
@@ -260,12 +261,17 @@ def test_links_only_to_what_is_the_same(trial):
     nibabel.save(
         nibabel.Nifti1Image(np.asarray(seg.dataobj), seg.affine, seg.header), trial.input / "p2" / "SEG.nii.gz"
     )
+    packed = trial.input / "p2" / "CTres.nii.gz"  # as gzip does it, with the name of what was packed in its header
+    content = gzip.decompress(packed.read_bytes())
+    with gzip.GzipFile("Muster_Erika.nii", "wb", fileobj=packed.open("wb")) as file:
+        file.write(content)
+    assert b"Muster_Erika" in packed.read_bytes()
     output = trial.convert("--link")
-    assert "4 files are links" in output, output
+    assert "3 files are links" in output, output
     one, two = trial.case("p1"), trial.case("p2")
     for name, source, same in (
         (f"imagesTr/{one}_0000", "p1/CTres", True), (f"imagesTr/{one}_0001", "p1/SUV", True),
-        (f"labelsTr/{one}", "p1/SEG", True), (f"imagesTr/{two}_0000", "p2/CTres", True),
+        (f"labelsTr/{one}", "p1/SEG", True), (f"imagesTr/{two}_0000", "p2/CTres", False),
         (f"imagesTr/{two}_0001", "p2/SUV", False), (f"labelsTr/{two}", "p2/SEG", False),
     ):  # fmt: skip
         target = trial.dataset / f"{name}.nii.gz"
@@ -280,6 +286,26 @@ def test_nifti_mask_in_a_dicom_tree(trial):
     nifti(trial.input / "p1" / "annotation" / "lesions.nii.gz", lesion(places).astype(np.uint8))
     trial.convert()
     np.testing.assert_array_equal(trial.voxels(f"labelsTr/{trial.case('p1')}"), lesion(places))
+
+
+def test_contours_of_another_frame_of_reference_are_told(trial):
+    write_patient(trial.input / "p1", "p1", rois={})
+    stranger = write_pet(trial.input.parent / "elsewhere", patient="p1", study="2")[0]
+    write_rtstruct(trial.input / "p1" / "RS", stranger, {"Lesion": LESION})
+    output = trial.convert()
+    report = trial.report(trial.case("p1"))
+    assert report["part"] == "Pt" and "no RTSTRUCT or SEG refers to this PET" in report["used"]
+    assert "none refers to this PET" in report["notes"] and "none refers to this PET" in output
+
+
+def test_rows_that_may_be_of_others_are_told(trial, tmp_path):
+    """The folder of a centre has the number of a patient, whose row would go to all patients there."""
+    for patient in ("A1", "A2", "7"):
+        write_patient(trial.input / "12" / patient, patient, rois={})
+    (tmp_path / "t.csv").write_text("case_id,sex\n12,F\n7,M\n")
+    output = trial.convert("--clinical", tmp_path / "t.csv")
+    [line] = [line for line in output.splitlines() if "may be of others" in line]
+    assert trial.case("7") in line and (trial.case("A1") in line) != (trial.case("A2") in line)
 
 
 def test_nifti_beside_dicom_is_no_patient_of_its_own(tmp_path):
@@ -363,6 +389,12 @@ def test_the_corrected_whole_body_pet_is_taken(tmp_path, tags, why):
 def test_beds_of_a_static_ge_scan_are_no_frames(tmp_path):
     write_pet(tmp_path, SeriesType=["STATIC", "IMAGE"], NumberOfTimeSlices=6)
     assert choose_pet(series_of(tmp_path))[0].modality == "PT"
+
+
+@pytest.mark.parametrize("description", ["Screening WB AC", "PET protocol HD18"])
+def test_words_of_a_trial_are_no_screen_shot(tmp_path, description):
+    write_pet(tmp_path, SeriesDescription=description)
+    assert choose_pet(series_of(tmp_path))[0]
 
 
 def test_no_usable_pet_says_why(tmp_path):
@@ -486,6 +518,13 @@ def test_dummy_numbers_fall_back_on_folders(tmp_path, dummy):
     ]
 
 
+def test_numbers_that_begin_like_a_dummy_are_patients(tmp_path):
+    for number, date in ((12, "20200101"), (12, "20210101"), (13, "20210301")):
+        pet_only(tmp_path / f"study{date}", f"ANONYM_{number:04d}", date)
+    visits, messages = visits_of(tmp_path)
+    assert sorted(v.patient for v in visits) == ["ANONYM_0012", "ANONYM_0012", "ANONYM_0013"] and not messages
+
+
 def test_dummy_numbers_without_folders_fall_back_on_studies(tmp_path):
     pet_only(tmp_path, "anon", study="1", names="a{}")
     pet_only(tmp_path, "anon", study="2", names="b{}")
@@ -542,7 +581,32 @@ def test_baseline_is_the_earliest_with_a_usable_pet(tmp_path):
     assert [v.timepoint for v in select(visits, 2)[0]] == ["20210601"]
     assert [v.timepoint for v in select(visits, ALL)[0]] == ["20210301", "20210601"]
     assert select(visits, 3) == ([], ["2 PET studies at other time points are left out (--timepoint)",
-                                      "1 patients have no time point 3 and are left out"])  # fmt: skip
+                                      "1 patients have no time point 3 and are left out",
+                                      "1 studies that cannot be used are left out, their patients have others",
+                                      ])  # fmt: skip
+
+
+def test_a_baseline_that_cannot_be_used_is_told(tmp_path):
+    pet_only(tmp_path / "0", "p", "20200101", CorrectedImage=["DECY"])
+    pet_only(tmp_path / "1", "p", "20210301")
+    (chosen,), messages = select(visits_of(tmp_path)[0], 1)
+    assert "another study of the patient cannot be used: no usable PET series: 'PET WB AC' (not att" in chosen.why
+    assert messages == ["1 studies that cannot be used are left out, their patients have others"]
+
+
+def test_one_patient_as_dicom_and_as_nifti(tmp_path):
+    pet_only(tmp_path / "a" / "x", "12")
+    write_nifti_case(tmp_path / "b" / "12")
+    visits, _ = visits_of(tmp_path / "a", tmp_path / "b")
+    (chosen,), _ = select(visits, 1)
+    assert "some as DICOM and some as NIfTI" in chosen.problem
+    assert len(select(visits, ALL)[0]) == 2
+
+
+def test_folders_of_training_and_test_cases_are_no_patients(tmp_path):
+    for name in ("train/0001", "train/0002", "test/0003"):
+        write_nifti_case(tmp_path / name)
+    assert sorted(v.patient for v in select(visits_of(tmp_path)[0], 1)[0]) == ["0001", "0002", "0003"]
 
 
 def test_two_studies_on_one_day_and_none_dated(tmp_path):

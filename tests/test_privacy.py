@@ -132,6 +132,17 @@ def test_no_output_names_a_patient(secretive, tmp_path):
     assert "GTV_…_1" in rois
 
 
+def test_contours_under_another_name_do_not_show_it(trial):  # noqa: F811
+    """Images that were de-identified, and contours that were not: they belong together by their UIDs."""
+    write_patient(trial.input / "p", "p", rois={})
+    pet = next((trial.input / "p" / "b").iterdir())
+    names = {"PatientID": "K-88471105", "PatientName": "Kettler^Josephine"}
+    write_rtstruct(trial.input / "rt" / "1.dcm", pet, {"GTV Kettler": LESION}, **names)
+    output = trial.convert()
+    assert [row["name"] for row in trial.table("conversion_rois")] == ["GTV …"]
+    assert_no_secret({"output": output.encode(), **written_texts(trial.raw)})
+
+
 def test_links_do_not_name_a_patient(secretive):
     write_nifti_case(secretive.input / "Kettler_2")
     output = secretive.convert("--link")

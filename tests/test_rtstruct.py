@@ -456,7 +456,7 @@ def test_no_dicom_and_no_file(tmp_path):
 @pytest.mark.parametrize("name", [
     "GTV_Mass", "LN mediastinal", "Lung lesion 1", "liver met", "external iliac LN left", "bone", "Läsion 3", "1", "L",
     "Vertebral body L3", "Herd Leber", "GTVp", "Tumour", "spleen lesion", "skin met", "Segment_1", "bulky", "string",
-    "headneck LN", "Lesion1", "mediastinum",
+    "headneck LN", "Lesion1", "mediastinum", "Lesion 1 41%", "GTV_50 %",
 ])  # fmt: skip
 def test_names_of_lesions(name):
     assert is_lesion_name(name)
@@ -464,7 +464,7 @@ def test_names_of_lesions(name):
 
 @pytest.mark.parametrize("name", [
     "External", "BODY", "Body outline", "Skin", "Lung_L", "LungRight", "lungs total", "Heart", "SpinalCord", "Kidney L",
-    "PTV60", "PTV_50Gy", "CTVn", "zPTV_opt", "ITV1", "ring 2cm", "CouchSurface", "Bolus", "95%", "isodose 40",
+    "PTV60", "PTV_50Gy", "CTVn", "zPTV_opt", "ITV1", "ring 2cm", "CouchSurface", "Bolus", "95%", "105 %", "isodose 40",
     "GTV_Edema", "Körper", "Leber", "NiereRechts", "Bladder", "PRV cord", "Liver_ref", "Brain", "femoral head R",
     "avoid_bowel",
 ])  # fmt: skip

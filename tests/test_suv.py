@@ -285,7 +285,7 @@ def nuclide(value, meaning):
     ],
 )
 def test_half_life(tags, half_life, note):
-    value, notes = one(**tags)
+    value, notes = one(RadiopharmaceuticalStartDateTime=DATE + "121500", **tags)
     assert value == pytest.approx(factor(3600, half_life=half_life), rel=1e-9)
     assert note in notes
 
@@ -339,6 +339,7 @@ def test_override_replaces_what_is_missing():
         ({"RadiopharmaceuticalStartTime": None}, "StartTime (0018,1072) is missing or 0; give injection_datetime"),
         ({"RadiopharmaceuticalStartTime": "140000"}, "is 23.2 h before the scan, which cannot be"),
         ({"RadiopharmaceuticalStartTime": "030000"}, "is 10.2 h before the scan, which cannot be with a half-life"),
+        ({"RadionuclideHalfLife": 282276}, "half-life of 78 h the time of day of the injection does not say when"),
         ({"RadionuclideHalfLife": None}, "RadionuclideHalfLife (0018,1075) is missing or 0; give half_life_s with"),
         ({"RadionuclideHalfLife": 4057.7, "Radiopharmaceutical": "FDG"}, "is 4057.7 s, but F-18 has 6586.2 s"),
         ({"RadionuclideHalfLife": 1.83}, "RadionuclideHalfLife (0018,1075) is 1.83 s, which cannot be"),

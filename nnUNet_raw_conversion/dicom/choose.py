@@ -21,7 +21,9 @@ from nnUNet_raw_conversion.dicom.index import Series, read_header
 _NAC = re.compile(
     r"(?<![a-z])(?:nac|no[nt]? ?(?:ac|att\w*|corr\w*)|(?:without|ohne) ?(?:ac|att\w*|schw\w*))(?![a-z])|uncorr", re.I
 )
-_NO_VOLUME = re.compile(r"mip(?![a-z])|scout|topogram|surview|localizer|screen|report|protocol|fusion|fused", re.I)
+_NO_VOLUME = re.compile(
+    r"mip(?![a-z])|scout|topogram|surview|localizer|screen(?!ing)|report|patient ?protocol|fusion|fused", re.I
+)
 _NO_BODY_CT = re.compile(r"bolus|monitoring|smart ?prep|perfusion|dose[ _]?report", re.I)
 _SHARP_TEXT = re.compile(r"lung|lunge|bone|knochen|hrct|edge|sharp", re.I)
 # Siemens: B60f, Br64d, Bl57, I70f; Philips: L, YA..YE; Toshiba: FC30-FC59, FC80-FC86; GE by name

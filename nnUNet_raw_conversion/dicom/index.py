@@ -46,7 +46,7 @@ class Series:
 
 
 def scan(folder: Path, progress: bool = True) -> tuple[list[Series], int]:
-    """All series below `folder`, ordered by patient, date and UIDs, and how many DICOM files could not be read.
+    """All series below `folder`, ordered by patient, date and UIDs; how many DICOM files and folders cannot be read.
 
     Files are told by their content, so that names, extensions and folders do not matter; DICOMDIR and other files are
     passed over. A SOP instance that is there twice counts once. A SeriesInstanceUID that several patients, studies or
@@ -59,8 +59,9 @@ def scan(folder: Path, progress: bool = True) -> tuple[list[Series], int]:
     if not folder.is_dir():
         raise UserError(f"{folder}: there is no such folder; give the folder that holds the DICOM files")
     found: dict[tuple[str, ...], dict[str, Path]] = {}
-    unreadable = 0
-    files = sorted(_files(folder))
+    closed: list[OSError] = []
+    files = sorted(_files(folder, closed))
+    unreadable = len(closed)
     for file in tqdm(files, "reading headers", unit="file", disable=not progress, leave=False):
         try:
             if not _is_dicom(file):
@@ -101,10 +102,10 @@ def _series(patient: str, study: str, series: str, modality: str, files: tuple[P
                   header)  # fmt: skip
 
 
-def _files(folder: Path) -> Iterator[Path]:
-    """All files below `folder`, through links as well, each folder once."""
+def _files(folder: Path, closed: list[OSError]) -> Iterator[Path]:
+    """All files below `folder`, through links as well, each folder once; `closed` gets those that cannot be read."""
     seen = set()
-    for path, folders, names in os.walk(folder, followlinks=True):
+    for path, folders, names in os.walk(folder, onerror=closed.append, followlinks=True):
         status = os.stat(path)
         if (status.st_dev, status.st_ino) in seen:
             folders.clear()

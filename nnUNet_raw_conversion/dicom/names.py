@@ -41,9 +41,10 @@ SIDES_AND_PARTS = _words(
     """
 )
 # Wherever they stand in the name: planning volumes with margins, helpers of dose planning, and oedema around a tumour.
+# Of percentages those of isodoses; "Lesion 41%" is a lesion in PET, cut at that part of its maximum.
 NO_LESION = re.compile(
     r"(?<![a-z])(z?[pci]tv|irv|prv|isodos\w*|bolus|couch|avoid\w*|opti|ring|dose|oe?dem\w*|edem\w*|ödem)(?![a-z])"
-    r"|(?<![a-z])[pci]tv[a-z]?(?![a-z])|\d ?%|\d ?c?gy(?![a-z])",
+    r"|(?<![a-z])[pci]tv[a-z]?(?![a-z])|(?:[89]|1\d)\d ?%|\d ?c?gy(?![a-z])",
     re.IGNORECASE,
 )
 # RT ROI Interpreted Type (3006,00A4), PS3.3 C.8.8.8.1. Not ORGAN: many systems write it for whatever was drawn.

@@ -307,6 +307,10 @@ def _injection(
         time = stated - _midnight(stated)
     if time is None:
         raise UserError(_missing(START_TIME, "injection_datetime"))
+    if MOST_HALF_LIVES * half_life > 86400:  # Zr-89 is imaged days later
+        raise UserError(f"PET: with a half-life of {half_life / 3600:.0f} h the time of day of the injection does not "
+                        "say when it was, and its day is missing or not shortly before the scan; give "
+                        "injection_datetime with --suv-override")  # fmt: skip
     if stated:
         notes.append(f"{field_name('RadiopharmaceuticalStartDateTime')} is not shortly before the scan, only the time "
                      "of day of the injection is used")  # fmt: skip

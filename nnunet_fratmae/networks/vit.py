@@ -82,12 +82,15 @@ class ViTEncoder(nn.Module):
             x = block(x)
         return self.norm(x)
 
-    def feature_maps(self, volume: Tensor, layers: Sequence[int]) -> list[Tensor]:
-        """Outputs of the blocks `layers` (counted from 1) as maps (B, dim, h, w, d); the last block's is normalised."""
-        x, maps = self.embed(volume), []
+    def layer_tokens(self, volume: Tensor, layers: Sequence[int]) -> list[Tensor]:
+        """Outputs of the blocks `layers` (counted from 1), (B, 1 + N, dim) each; the last block's is normalised."""
+        x, outputs = self.embed(volume), []
         for number, block in enumerate(self.blocks, start=1):
             x = block(x)
             if number in layers:
-                tokens = self.norm(x) if number == len(self.blocks) else x
-                maps.append(tokens[:, 1:].transpose(1, 2).unflatten(2, self.grid))
-        return maps
+                outputs.append(self.norm(x) if number == len(self.blocks) else x)
+        return outputs
+
+    def feature_maps(self, volume: Tensor, layers: Sequence[int]) -> list[Tensor]:
+        """Outputs of the blocks `layers` (counted from 1) as maps (B, dim, h, w, d); the last block's is normalised."""
+        return [t[:, 1:].transpose(1, 2).unflatten(2, self.grid) for t in self.layer_tokens(volume, layers)]

@@ -1,0 +1,127 @@
+"""nnU-Net's augmentation with intensities that a scanner could have measured.
+
+HU and SUV are absolute, and what a lesion is depends on them, so of nnU-Net's intensity transforms these are off:
+brightness (scales a CT from air upwards, and PET by up to 25 %), contrast and gamma (bend the scale, and keep or move
+the mean of the patch, which says nothing in absolute units), Gaussian noise (of one size for CT and PET, 150 HU at
+most). Blur and low resolution stay: they are what another reconstruction or voxel size does. In place of those that
+are off come a factor on the PET (calibration, uptake time), an offset on the CT (tube voltage, scanner), noise as
+strong as that of low-dose CT and proportional to uptake in PET, and on demand a shift of the CT against the PET.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from batchgeneratorsv2.transforms.base.basic_transform import BasicTransform, ImageOnlyTransform
+from batchgeneratorsv2.transforms.noise.gaussian_blur import GaussianBlurTransform
+from batchgeneratorsv2.transforms.spatial.low_resolution import SimulateLowResolutionTransform
+from batchgeneratorsv2.transforms.utils.compose import ComposeTransforms
+from batchgeneratorsv2.transforms.utils.random import RandomTransform
+from torch import Tensor
+
+from nnUNet_raw_conversion.command import UserError
+from plans.settings import Finetune
+from plans.units import PRETRAINING_UNITS, shift_above_air
+
+KEPT = (GaussianBlurTransform, SimulateLowResolutionTransform)
+CT_NOISE = 30.0  # HU, largest standard deviation; low-dose CT of a trunk has 20 to 40
+PET_NOISE = 0.1  # of the uptake, largest standard deviation; 10 % in the liver is what EARL asks of a scanner
+P_NOISE, P_MISALIGNMENT = 0.1, 0.2
+
+
+class PhysicalTransform(ImageOnlyTransform):
+    """Changes CT and PET in pretraining units, whatever the plans' normalisation and order of channels is.
+
+    Args:
+        channels: index of the CT and of the PET in an image (C, *patch).
+        scale, shift: pretraining units = scale * plans' value + shift, for CT and for PET.
+        ct, pet: strength of the change, for each transform to read.
+    """
+
+    def __init__(
+        self, channels: Sequence[int], scale: Sequence[float], shift: Sequence[float], ct: float, pet: float
+    ) -> None:
+        super().__init__()
+        self.channels, self.scale, self.shift = list(channels), list(scale), list(shift)
+        self.ct, self.pet = ct / PRETRAINING_UNITS["CT"].std, pet
+
+    def _apply_to_image(self, img: Tensor, **params: Any) -> Tensor:
+        of_channels = list(zip(self.channels, self.scale, self.shift, strict=True))
+        ct, pet = (img[channel] * scale + shift for channel, scale, shift in of_channels)
+        for (channel, scale, shift), changed in zip(of_channels, self.change(ct, pet, **params), strict=True):
+            img[channel] = (changed - shift) / scale
+        return img
+
+    def change(self, ct: Tensor, pet: Tensor, **params: Any) -> tuple[Tensor, Tensor]:
+        """CT and PET, each of the patch's shape, as they become."""
+        raise NotImplementedError
+
+
+class Calibration(PhysicalTransform):
+    """One factor (log-normal, spread `pet`) on the whole PET, one offset (normal, spread `ct` HU) on the whole CT."""
+
+    def get_parameters(self, **_: Any) -> dict[str, float]:
+        offset, exponent = torch.randn(2).tolist()
+        return {"ct_offset": self.ct * offset, "pet_factor": math.exp(self.pet * exponent)}
+
+    def change(self, ct: Tensor, pet: Tensor, **params: Any) -> tuple[Tensor, Tensor]:
+        return shift_above_air(ct, params["ct_offset"]), pet * params["pet_factor"]
+
+
+class ScannerNoise(PhysicalTransform):
+    """Noise of a standard deviation of up to `ct` HU in the CT and up to `pet` times the uptake in the PET."""
+
+    def get_parameters(self, **_: Any) -> dict[str, float]:
+        ct, pet = torch.rand(2).tolist()
+        return {"ct_noise": self.ct * ct, "pet_noise": self.pet * pet}
+
+    def change(self, ct: Tensor, pet: Tensor, **params: Any) -> tuple[Tensor, Tensor]:
+        ct = shift_above_air(ct, params["ct_noise"] * torch.randn_like(ct))
+        return ct, pet * (1 + params["pet_noise"] * torch.randn_like(pet))
+
+
+def misalign(channel: int, millimetres: float, spacing: Sequence[float]) -> BasicTransform:
+    """Shift of the channel by up to `millimetres` along each axis, in whole voxels; the others and the labels stay.
+
+    Raises:
+        UserError: the installed batchgeneratorsv2 has no such transform.
+    """
+    try:
+        from batchgeneratorsv2.transforms.spatial.channel_misalignment import ChannelMisalignmentTransform
+    except ImportError:
+        raise UserError("finetune.misalignment: the installed batchgeneratorsv2 has no ChannelMisalignmentTransform; "
+                        "update it, or set finetune.misalignment=0") from None  # fmt: skip
+    shift = [int(millimetres / s) for s in spacing]
+    return ChannelMisalignmentTransform(
+        im_channels_2_misalign=(channel,), shift_zyx=shift, p_shift=1.0, p_squeeze=0.0, p_rotation=0.0, rad_or_deg="deg"
+    )
+
+
+def physical_augmentation(
+    stock: ComposeTransforms, finetune: Finetune, network: dict[str, Any], spacing: Sequence[float]
+) -> ComposeTransforms:
+    """nnU-Net's training transforms with its intensity transforms replaced, everything else as it is.
+
+    Args:
+        network: keyword arguments of the network, which say what is CT and PET and in which units.
+        spacing: mm along the plans' axes.
+    """
+    arguments = [network[name] for name in ("modalities", "scale", "shift")]
+    ours: list[BasicTransform] = [
+        Calibration(*arguments, ct=finetune.ct_shift, pet=finetune.pet_scale),
+        RandomTransform(ScannerNoise(*arguments, ct=CT_NOISE, pet=PET_NOISE), P_NOISE),
+    ]
+    if finetune.misalignment:
+        moved = misalign(network["modalities"][0], finetune.misalignment, spacing)
+        ours.insert(0, RandomTransform(moved, P_MISALIGNMENT))
+    transforms: list[BasicTransform] = []
+    for transform in stock.transforms:
+        of_intensity = isinstance(getattr(transform, "transform", None), ImageOnlyTransform)
+        if of_intensity:  # ours take the place of the first
+            transforms, ours = transforms + ours, []
+        if not of_intensity or isinstance(transform.transform, KEPT):
+            transforms.append(transform)
+    return ComposeTransforms(transforms + ours)

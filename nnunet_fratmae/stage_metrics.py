@@ -1,0 +1,61 @@
+"""How well classes are told apart, and how far the probabilities can be trusted."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from sklearn.metrics import confusion_matrix, roc_auc_score
+
+ECE_BINS = 10
+
+
+def calibration_error(labels: np.ndarray, probabilities: np.ndarray, bins: int = ECE_BINS) -> float:
+    """Expected calibration error (Guo et al. 2017): mean distance of accuracy and confidence over `bins` equal bins of
+    the predicted class's probability, weighted by the cases in them. labels (n,), probabilities (n, classes)."""
+    confidence, hit = probabilities.max(1), probabilities.argmax(1) == labels
+    bin_of = np.clip(np.ceil(confidence * bins).astype(int) - 1, 0, bins - 1)  # (0, 0.1], (0.1, 0.2], ...
+    gaps = [abs(float((hit[bin_of == b] - confidence[bin_of == b]).sum())) for b in range(bins)]
+    return sum(gaps) / len(labels)
+
+
+def brier_score(labels: np.ndarray, probabilities: np.ndarray) -> float:
+    """Brier's own score (1950): squared distance of the probabilities to the truth, summed over all classes and
+    averaged over cases; 0 is perfect, 2 the worst. labels (n,), probabilities (n, classes)."""
+    return float(((probabilities - np.eye(probabilities.shape[1])[labels]) ** 2).sum(1).mean())
+
+
+def area_under_curve(labels: np.ndarray, probabilities: np.ndarray) -> float | None:
+    """Area under the ROC curve, of several classes the mean of each against the rest; classes that have no cases, or
+    all of them, are left out. None where none is left. labels (n,), probabilities (n, classes)."""
+    present = np.unique(labels)
+    if len(present) < 2:
+        return None
+    if probabilities.shape[1] == 2:
+        return float(roc_auc_score(labels, probabilities[:, 1]))
+    return float(np.mean([roc_auc_score(labels == c, probabilities[:, c]) for c in present]))
+
+
+def stage_metrics(labels: Sequence[int], probabilities: np.ndarray, classes: Sequence[str]) -> dict[str, Any]:
+    """All figures of a validation as plain JSON; None where a figure is not defined (a class without cases).
+
+    Args:
+        labels: (n,) numbers of classes.
+        probabilities: (n, classes) that sum to 1.
+    """
+    labels, probabilities = np.asarray(labels), np.asarray(probabilities, dtype=np.float64)
+    table = confusion_matrix(labels, probabilities.argmax(1), labels=range(len(classes)))
+    cases = table.sum(1)
+    sensitivity = {
+        name: float(table[i, i] / cases[i]) if cases[i] else None for i, name in enumerate(classes)
+    }  # fmt: skip
+    return {
+        "accuracy": float(np.trace(table) / len(labels)),
+        "macro_sensitivity": float(np.mean([value for value in sensitivity.values() if value is not None])),
+        "auc": area_under_curve(labels, probabilities),
+        "ece": calibration_error(labels, probabilities),
+        "brier": brier_score(labels, probabilities),
+        "sensitivity": sensitivity,
+        "confusion": table.tolist(),  # rows are the truth
+    }

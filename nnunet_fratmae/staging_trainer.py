@@ -1,0 +1,316 @@
+"""FratMAEStagingTrainer: classification of whole bodies (early or advanced stage), trained by the stock command.
+
+`nnUNetv2_train ID wholebody 0 -tr FratMAEStagingTrainer -p FratMAEPlans [-device cpu]`
+"""
+
+from __future__ import annotations
+
+import json
+from functools import cached_property
+from pathlib import Path
+from time import time
+from typing import Any
+
+import numpy as np
+import torch
+from batchgenerators.utilities.file_and_folder_operations import save_json
+from matplotlib.figure import Figure
+from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LRScheduler
+from torch.utils.data import DataLoader, Dataset
+
+from nnunet_fratmae.optimization import CosineSchedule, parameter_groups
+from nnunet_fratmae.stage_metrics import stage_metrics
+from nnunet_fratmae.trainer import FratMAETrainer, prepare_plans
+from nnUNet_raw_conversion.command import UserError, nnunet_folder
+from nnUNet_raw_conversion.pictures import renamed, save_figure
+from plans.extension import find_modalities
+from plans.settings import Pretrain, WholeBody
+from plans.staging import STAGING_CONFIGURATION, Cohort, read_cohort, staging_plans
+from plans.units import PRETRAINING_UNITS
+from pretraining.data import Batches, Case, Key, View, augment, read_patch, window
+
+CURVES = ("val_accuracy", "val_macro_sensitivity", "val_auc")
+FIGURES = ("accuracy", "macro_sensitivity", "auc", "ece", "brier")
+DICE_LISTS = ("mean_fg_dice", "ema_fg_dice", "dice_per_class_or_region")
+
+
+class FratMAEStagingTrainer(FratMAETrainer):
+    """Stage 2 of the paper, staging: the central patch of the whole-body grid, dual ViT encoders, an MLP.
+
+    The pretrained encoders come by the rule of FratMAETrainer, the labels from clinical.csv, the folds from nnU-Net
+    (plans/staging.py). An epoch is a pass over the training cases; all that is random in it is a function of the seed
+    and the epoch, so a resumed training repeats the interrupted one. Options: `fratmae.staging` of the plans.
+    """
+
+    def __init__(
+        self,
+        plans: dict[str, Any],
+        configuration: str,
+        fold: int,
+        dataset_json: dict[str, Any],
+        device: torch.device = torch.device("cuda"),  # noqa: B008 - nnU-Net compares signatures
+    ) -> None:
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            raise SystemExit("FratMAEStagingTrainer: error: -num_gpus: a step has too few studies to share; train the "
+                             "folds side by side, each on its own GPU (CUDA_VISIBLE_DEVICES)")  # fmt: skip
+        super().__init__(plans, configuration, fold, dataset_json, device)
+        curves = self.logger.local_logger.my_fantastic_logging
+        for name in DICE_LISTS:
+            curves.pop(name, None)
+        curves.update({name: [] for name in CURVES})
+
+    def prepare(
+        self, plans: dict[str, Any], configuration: str, fold: int, dataset_json: dict[str, Any]
+    ) -> tuple[dict[str, Any], list[str]]:
+        if configuration != STAGING_CONFIGURATION or configuration not in plans["configurations"]:
+            raise UserError(f"configuration {configuration} of {plans['plans_name']}: staging reads the whole-body grid"
+                            f"; say nnUNetv2_train ID {STAGING_CONFIGURATION} FOLD -tr {type(self).__name__} -p "
+                            "FratMAEPlans")  # fmt: skip
+        plans, notes = prepare_plans(plans, "3d_fullres", dataset_json)
+        cohort = read_cohort(nnunet_folder("nnUNet_preprocessed") / plans["dataset_name"], plans, fold)
+        return staging_plans(plans, cohort.classes), notes
+
+    def _use_finetune_settings(self) -> None:
+        super()._use_finetune_settings()
+        staging = self.settings.staging
+        self.initial_lr, self.weight_decay = staging.learning_rate, staging.weight_decay
+        self.num_epochs = staging.epochs
+        self.patience = None if self.fold == "all" else staging.patience  # fold "all" has no cases of its own to judge
+        self.save_every = 10  # epochs are short
+
+    @property
+    def classes(self) -> list[str]:
+        return self.configuration_manager.network_arch_init_kwargs["classes"]
+
+    @cached_property
+    def cohort(self) -> Cohort:
+        """The cases of this fold; a user's error ends the command."""
+        try:
+            cohort = read_cohort(Path(self.preprocessed_dataset_folder_base), self.plans_manager.plans, self.fold)
+        except UserError as error:
+            raise SystemExit(f"{type(self).__name__}: error: {error}") from None
+        if cohort.classes != self.classes:
+            raise SystemExit(f"{type(self).__name__}: error: clinical.csv has the classes {', '.join(cohort.classes)}, "
+                             f"this model has {', '.join(self.classes)}; train anew")  # fmt: skip
+        return cohort
+
+    def initialize(self) -> None:
+        torch.manual_seed(self.settings.staging.seed)
+        super().initialize()
+
+    def configure_optimizers(self) -> tuple[torch.optim.Optimizer, LRScheduler]:
+        groups = parameter_groups(self.bare_network(), self.initial_lr, self.weight_decay, layer_decay=1.0)
+        optimizer = torch.optim.AdamW(groups, self.initial_lr)
+        return optimizer, CosineSchedule(optimizer, self.num_epochs)
+
+    def _build_loss(self) -> nn.Module:
+        labels = list(self.cohort.training.values())
+        weights = class_weights(labels, len(self.classes)) if self.settings.staging.class_weights else None
+        return WeightedCrossEntropy(weights).to(self.device)
+
+    def do_split(self) -> tuple[list[str], list[str]]:
+        return list(self.cohort.training), list(self.cohort.validation)
+
+    def get_dataloaders(self) -> tuple[DataLoader, DataLoader]:
+        """Training batches in an order of each epoch's own, and all validation cases in theirs."""
+        staging, whole = self.settings.staging, self.settings.wholebody
+        training = StagingStudies(self._cases(self.cohort.training), whole, self.settings.pretrain, staging.seed)
+        size = self.configuration_manager.batch_size
+        batches = Batches(len(training), size, size, rank=0, world=1, seed=staging.seed)
+        how = {"num_workers": min(staging.workers, get_allowed_n_proc_DA()), "pin_memory": self.device.type == "cuda"}
+        how["persistent_workers"] = how["num_workers"] > 0
+        return DataLoader(training, batch_sampler=batches, **how), self._validation_loader(**how)
+
+    def _validation_loader(self, **how: Any) -> DataLoader:
+        studies = StagingStudies(self._cases(self.cohort.validation), self.settings.wholebody)
+        size = self.configuration_manager.batch_size
+        keys = [(0, index) for index in range(len(studies))]
+        return DataLoader(studies, batch_sampler=[keys[i : i + size] for i in range(0, len(keys), size)], **how)
+
+    def _cases(self, labels: dict[str, int]) -> list[tuple[Case, int]]:
+        store, channels = Path(self.preprocessed_dataset_folder), tuple(find_modalities(self.dataset_json))
+        return [(Case(store / f"{name}.b2nd", name, channels), label) for name, label in labels.items()]
+
+    # -------------------------------------------------------------------------------------------------- the training
+
+    def run_training(self) -> None:
+        """nnU-Net's loop with epochs that are passes over the cases and an early end."""
+        self.on_train_start()
+        while not self.is_finished():
+            self.on_epoch_start()
+            self.on_train_epoch_start()
+            self.on_train_epoch_end([self.train_step(batch) for batch in self.dataloader_train])
+            self.on_validation_epoch_end([self.predict(self.dataloader_val)])
+            self.on_epoch_end()
+        self.on_train_end()
+
+    def is_finished(self) -> bool:
+        """Whether all epochs are done, or the validation loss has not fallen for `patience` epochs."""
+        losses = self.logger.get_value("val_losses", step=None)
+        stale = len(losses) - 1 - int(np.argmin(losses)) if losses else 0
+        return self.current_epoch >= self.num_epochs or (self.patience is not None and stale >= self.patience)
+
+    def on_train_start(self) -> None:
+        if not self.was_initialized:
+            self.initialize()
+        self.print_to_log_file(*(f"{note}\n" for note in self.cohort.notes), add_timestamp=False)
+        self.dataloader_train, self.dataloader_val = self.get_dataloaders()
+        self.print_plans()
+        # With these two beside the folds the model's folder needs nothing else
+        save_json(self.plans_manager.plans, f"{self.output_folder_base}/plans.json", sort_keys=False)
+        save_json(self.dataset_json, f"{self.output_folder_base}/dataset.json", sort_keys=False)
+
+    def on_train_epoch_start(self) -> None:
+        super().on_train_epoch_start()
+        self.dataloader_train.batch_sampler.epoch = self.current_epoch
+        # Dropout as a function of seed and epoch: nothing random needs to be in a checkpoint
+        torch.manual_seed(int(np.random.SeedSequence((self.settings.staging.seed, self.current_epoch)).generate_state(1)[0]))
+
+    def on_train_epoch_end(self, train_outputs: list[dict[str, Any]]) -> None:
+        loss = float(np.mean([output["loss"] for output in train_outputs]))
+        self.logger.log("train_losses", loss, self.current_epoch)
+
+    @torch.no_grad()
+    def predict(self, loader: DataLoader) -> dict[str, Any]:
+        """Labels (n,), probabilities (n, classes) and loss of all cases of a loader, computed in float32."""
+        self.network.eval()
+        batches = [(self.network(b["data"].to(self.device)).float(), b["target"].to(self.device)) for b in loader]
+        logits, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
+        probabilities = logits.softmax(1).cpu().numpy()
+        return {"labels": labels.cpu().numpy(), "probabilities": probabilities, "loss": float(self.loss(logits, labels))}
+
+    def on_validation_epoch_end(self, val_outputs: list[dict[str, Any]]) -> None:
+        (found,) = val_outputs
+        figures = stage_metrics(found["labels"], found["probabilities"], self.classes)
+        self.logger.log("val_losses", found["loss"], self.current_epoch)
+        for name in CURVES:
+            value = figures[name.removeprefix("val_")]
+            self.logger.log(name, float("nan") if value is None else value, self.current_epoch)
+
+    def on_epoch_end(self) -> None:
+        self.logger.log("epoch_end_timestamps", time(), self.current_epoch)
+        said = [f"{name} {self.logger.get_value(name, step=-1):.4f}" for name in ("train_losses", "val_losses", *CURVES)]
+        self.print_to_log_file(", ".join(said))
+        if (self.current_epoch + 1) % self.save_every == 0 and self.current_epoch + 1 < self.num_epochs:
+            self.save_checkpoint(f"{self.output_folder}/checkpoint_latest.pth")
+        losses = self.logger.get_value("val_losses", step=None)
+        if int(np.argmin(losses)) == self.current_epoch:
+            self._best_ema = -losses[-1]  # nnU-Net's name for the score of the best checkpoint; higher is better
+            self.save_checkpoint(f"{self.output_folder}/checkpoint_best.pth")
+        self._plot_progress()
+        self.current_epoch += 1
+
+    def on_train_end(self) -> None:
+        """With early stopping the final weights are those of the lowest validation loss."""
+        best = Path(self.output_folder) / "checkpoint_best.pth"
+        if self.patience is not None and best.is_file() and not self.disable_checkpointing:
+            checkpoint = torch.load(best, map_location=self.device, weights_only=False)
+            self.bare_network().load_state_dict(checkpoint["network_weights"])
+            self.print_to_log_file(f"weights of epoch {checkpoint['current_epoch'] - 1}, which has the lowest "
+                                   "validation loss, are kept")  # fmt: skip
+        super().on_train_end()
+
+    def _plot_progress(self) -> None:
+        """progress.png: losses and figures of the validation by epoch."""
+        figure = Figure(figsize=(8, 7), layout="constrained")
+        for axes, names in zip(figure.subplots(2, 1, sharex=True), (("train_losses", "val_losses"), CURVES), strict=True):
+            for name in names:
+                values = self.logger.get_value(name, step=None)
+                axes.plot(range(len(values)), values, marker="." if len(values) < 30 else "", label=name)
+            axes.legend(fontsize=8)
+        axes.set(ylim=(-0.02, 1.02), xlabel="epoch")
+        save_figure(figure, Path(self.output_folder) / "progress.png")
+
+    # ------------------------------------------------------------------------------------------------ the validation
+
+    def perform_actual_validation(self, save_probabilities: bool = False) -> None:
+        """fold_X/validation/summary.json: figures of this fold and the probabilities of each case (so --npz adds
+        nothing)."""
+        found = self.predict(self._validation_loader())
+        figures = stage_metrics(found["labels"], found["probabilities"], self.classes)
+        summary = {
+            "target": self.settings.staging.target,
+            "classes": self.classes,
+            "cases": len(found["labels"]),
+            # figures of cases that chose the epoch are too good; those of other data, or without patience, are not
+            "chosen_on_these_cases": self.patience is not None,
+            "mean": figures,
+            "metric_per_case": [
+                {"case": case, "label": self.classes[label], "predicted": self.classes[int(np.argmax(p))],
+                 "probabilities": dict(zip(self.classes, map(float, p), strict=True))}
+                for case, label, p in zip(self.cohort.validation, found["labels"], found["probabilities"], strict=True)
+            ],
+        }  # fmt: skip
+        folder = Path(self.output_folder) / "validation"
+        folder.mkdir(parents=True, exist_ok=True)
+        with renamed(folder / "summary.json") as partial:
+            partial.write_text(json.dumps(summary, indent=4))
+        for name in FIGURES:
+            if figures[name] is not None:
+                self.logger.log_summary(f"final_val/{name}", figures[name])
+        said = [f"{name} {'undefined' if figures[name] is None else format(figures[name], '.3f')}" for name in FIGURES]
+        self.print_to_log_file(f"Validation of {len(found['labels'])} cases: {', '.join(said)}")
+
+
+class StagingStudies(Dataset):
+    """The central patch (2, H, W, D) of whole bodies with the number of its class, by key (epoch, index).
+
+    Validation takes the patch as it is. Training varies the phase of the slices (which of every k), mirrors left-right
+    and scales as pretraining does; the crop stays central, as the paper has it.
+    """
+
+    def __init__(
+        self, studies: list[tuple[Case, int]], whole: WholeBody, options: Pretrain | None = None, seed: int = 0
+    ) -> None:
+        """`options`: how to vary the patches; None: not at all."""
+        self.studies, self.whole, self.options, self.seed = studies, whole, options, seed
+
+    def __len__(self) -> int:
+        return len(self.studies)
+
+    def __getitem__(self, key: Key) -> dict[str, Any]:
+        epoch, index = key
+        case, label = self.studies[index]
+        if self.options is None:
+            return {"data": read_patch(case, central_window(self.whole)), "target": label}
+        generator = np.random.default_rng((self.seed, epoch, index))
+        phase, mirror = generator.random(2)
+        scale, shift = generator.standard_normal(2)
+        view = View(
+            index,
+            central_window(self.whole, phase),
+            self.options.mirror and mirror < 0.5,
+            float(np.exp(self.options.pet_scale * scale)),
+            float(self.options.ct_shift * shift / PRETRAINING_UNITS["CT"].std),
+        )
+        return {"data": augment(read_patch(case, view.window), view), "target": label}
+
+
+def central_window(whole: WholeBody, phase: float = 0.0) -> tuple[slice, slice, slice]:
+    """The middle patch of the grid (paper section 2.4: "centrally cropped"), `phase` in [0, 1)."""
+    return window(whole, (0.5, 0.5, 0.5, phase))
+
+
+class WeightedCrossEntropy(nn.Module):
+    """Mean over the batch of the weight of a case's class times its cross-entropy.
+
+    torch's weighted mean divides by the weights in the batch, so that of two studies of one class nothing is left of
+    them.
+    """
+
+    def __init__(self, weights: Tensor | None) -> None:
+        super().__init__()
+        self.register_buffer("weights", weights)
+
+    def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """logits (B, classes), labels (B,)."""
+        losses = nn.functional.cross_entropy(logits, labels, reduction="none")
+        return losses.mean() if self.weights is None else (self.weights[labels] * losses).mean()
+
+
+def class_weights(labels: list[int], classes: int) -> Tensor:
+    """(classes,) weights that are the inverse of the class's share, with mean 1 over `labels`; 0 for an absent class."""
+    counts = torch.bincount(torch.tensor(labels), minlength=classes).float()
+    return torch.where(counts > 0, len(labels) / ((counts > 0).sum() * counts.clamp_min(1)), 0.0)

@@ -1,0 +1,169 @@
+"""What studies are classified by: labels from clinical.csv, who trains and who validates, the plans of the network."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Collection, Mapping
+from copy import deepcopy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nnUNet_raw_conversion.clinical import COLUMNS, UNKNOWN, read_clinical, read_table
+from nnUNet_raw_conversion.command import UserError
+from nnUNet_raw_conversion.splits import make_splits
+from plans.extension import hwd_axes
+from plans.preprocessed import validation_cases
+from plans.settings import Settings
+
+NETWORK = "nnunet_fratmae.networks.staging.FratMAEStaging"
+STAGING_CONFIGURATION = "wholebody"
+RISK_OF_STAGE = {
+    **dict.fromkeys(("I", "II", "early"), "early"),
+    **dict.fromkeys(("III", "IV", "advanced"), "advanced"),
+}  # paper section 2.4
+CLASSES = {"risk": ["early", "advanced"], "stage": ["I", "II", "III", "IV"]}
+MOST_CLASSES = 20  # a column with more has names, dates or numbers in it
+
+
+@dataclass(frozen=True)
+class Cohort:
+    """Cases of a fold with the number of the class of each, and what the user should know about it."""
+
+    classes: list[str]
+    training: dict[str, int]
+    validation: dict[str, int]
+    notes: list[str]
+
+
+def read_labels(table: Path, target: str, cases: Collection[str]) -> tuple[list[str], dict[str, str]]:
+    """The classes, in the order of the network's outputs, and the class of each of `cases` that has one.
+
+    Args:
+        target: "risk", "stage" or a column of the table; columns that clinical.csv does not know otherwise may be there.
+
+    Raises:
+        UserError: no table, no such column, or one that has no classes.
+    """
+    if not table.is_file():
+        raise UserError(f"{table} is not there; put a table with case_id and the labels there (in the raw dataset it "
+                        "is copied by fratmae_plan_and_preprocess)")  # fmt: skip
+    if target == "risk" or target in COLUMNS:
+        records = read_clinical(table, columns={"case_id": "case_id"})
+        values = {case: getattr(record, "stage" if target == "risk" else target) for case, record in records.items()}
+        if target == "risk":
+            values = {case: RISK_OF_STAGE.get(value) for case, value in values.items()}
+        elif target == "stage":  # where only the risk group is known, the stage is not
+            values = {case: value if value in CLASSES["stage"] else None for case, value in values.items()}
+    else:
+        values = _read_column(table, target)
+    labels = {case: values[case] for case in sorted(cases) if values.get(case) is not None}
+    classes = CLASSES.get(target) or sorted(set(labels.values()))
+    if len(set(labels.values())) < 2:
+        what = f"has {len(set(labels.values()))} class(es)"
+    elif len(classes) > MOST_CLASSES:
+        what = f"has {len(classes)} different values"
+    else:
+        return classes, labels
+    raise UserError(f"{table}: staging.target {target} {what} among {len(cases)} studies; choose a column with 2 to "
+                    f"{MOST_CLASSES} classes, or fill it in")  # fmt: skip
+
+
+def _read_column(table: Path, name: str) -> dict[str, str | None]:
+    """The texts of a column of the user's own by case_id, None where unknown."""
+    header, rows = read_table(table)
+    for wanted in ("case_id", name):
+        if header.count(wanted) != 1:
+            raise UserError(f"{table}, line 1: staging.target {name} needs one column {wanted}; name it so, or set "
+                            "fratmae.staging.target in the plans")  # fmt: skip
+    key, value = header.index("case_id"), header.index(name)
+    texts = {" ".join(str(cells[key]).split()): " ".join(str(cells[value] or "").split()) for _, cells in rows}
+    return {case: None if text.lower() in UNKNOWN else text for case, text in texts.items()}
+
+
+def read_cohort(preprocessed: Path, plans: dict[str, Any], fold: int | str) -> Cohort:
+    """Who trains and who validates in `fold`: nnU-Net's splits_final.json, restricted to cases with a label.
+
+    Cases that have no segmentation (imagesPt) are in no fold of nnU-Net; with a label they train in every fold and
+    validate in none. Where no case has a segmentation, splits_final.json is made anew, with the classes spread evenly.
+    Fold "all" trains and validates on all.
+
+    Raises:
+        UserError: what `read_labels` and `validation_cases` raise, no store, or a side of the fold without labels.
+    """
+    target, configurations = Settings.from_json(plans["fratmae"]).staging.target, plans["configurations"]
+    stored = _cases(preprocessed / configurations[STAGING_CONFIGURATION]["data_identifier"])
+    if not stored:
+        raise UserError(f"{preprocessed}: no whole-body studies there; run fratmae_plan_and_preprocess -d "
+                        f"{int(preprocessed.name[7:10])} again")  # fmt: skip
+    classes, labels = read_labels(preprocessed / "clinical.csv", target, stored)
+    segmented = _cases(preprocessed / configurations["3d_fullres"]["data_identifier"])
+    if fold == "all":
+        training = validation = set(stored)
+    else:
+        if not segmented and not (preprocessed / "splits_final.json").is_file():
+            _write_split(preprocessed, labels)
+        validation = validation_cases(preprocessed, plans, fold)
+        splits = json.loads((preprocessed / "splits_final.json").read_text())
+        in_a_fold = {case for split in splits for side in split.values() for case in side}
+        training = set(splits[fold]["train"]) | (stored - segmented - in_a_fold)
+    left_out = sorted((training | validation) - labels.keys())
+    notes = []
+    if left_out:
+        named = ", ".join(left_out[:5]) + (", ..." if len(left_out) > 5 else "")
+        notes.append(f"{len(left_out)} cases without {target} in clinical.csv are left out: {named}")
+    extra = sorted((training - segmented) & labels.keys()) if segmented else []
+    if extra and fold != "all":
+        notes.append(f"{len(extra)} cases without a segmentation (imagesPt) have {target} and train in every fold")
+    numbers = {case: classes.index(label) for case, label in labels.items()}
+    sides = [{case: numbers[case] for case in sorted(side & numbers.keys())} for side in (training, validation)]
+    if len(set(sides[0].values())) < 2 or not sides[1]:
+        raise UserError(f"fold {fold} of {preprocessed.name}: {len(sides[0])} training cases of "
+                        f"{len(set(sides[0].values()))} class(es) and {len(sides[1])} validation cases have {target}; "
+                        "two classes and one validation case are needed")  # fmt: skip
+    for name, side in zip(("training", "validation"), sides, strict=True):
+        counts = ", ".join(f"{list(side.values()).count(i)} {label}" for i, label in enumerate(classes))
+        notes.append(f"{len(side)} {name} cases: {counts}")
+    return Cohort(classes, *sides, notes)
+
+
+def _cases(folder: Path) -> set[str]:
+    """Case ids of a folder that nnU-Net preprocessed."""
+    return {f.stem for f in folder.glob("*.b2nd") if not f.stem.endswith("_seg")}
+
+
+def _write_split(preprocessed: Path, labels: Mapping[str, str]) -> None:
+    folds = make_splits({case: case for case in labels}, labels)
+    path = preprocessed / "splits_final.json"
+    partial = path.with_name(".partial_splits_final.json")
+    partial.write_text(json.dumps(folds, indent=4))
+    os.replace(partial, path)
+
+
+def staging_plans(plans: dict[str, Any], classes: list[str]) -> dict[str, Any]:
+    """FratMAE plans whose configuration `wholebody` is the classification network; the argument is not changed.
+
+    Raises:
+        UserError: plans whose axes are not H, W, D; the whole-body store is in FratMAEPlans only.
+    """
+    plans = deepcopy(plans)
+    settings = Settings.from_json(plans["fratmae"])
+    if hwd_axes(plans["transpose_forward"]) != [0, 1, 2]:
+        raise UserError("plans.json: transpose_forward is not that of FratMAEPlans; use -p FratMAEPlans")
+    plans["configurations"][STAGING_CONFIGURATION] |= {
+        "patch_size": list(settings.wholebody.patch),
+        "batch_size": settings.staging.batch_size,
+        "architecture": {
+            "network_class_name": NETWORK,
+            "arch_kwargs": {
+                "patch_size": list(settings.wholebody.patch),
+                "token_patch": list(settings.token_patch),
+                **settings.sizes.encoder,
+                "classes": classes,
+                "dropout": settings.staging.dropout,
+            },
+            "_kw_requires_import": [],
+        },
+    }
+    return plans

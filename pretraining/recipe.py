@@ -1,0 +1,92 @@
+"""The recipe of stage 1 (paper section 2.4): network, optimiser groups, learning rate, masks, batches."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from nnUNet_raw_conversion.command import UserError
+from plans.settings import Pretrain, Settings
+from plans.units import MODALITIES
+from pretraining.data import Case
+from pretraining.fratmae import FratMAE, random_masking
+
+BETAS = (0.9, 0.95)  # MAE of He et al., appendix A
+STEPS_OF_AN_EPOCH = 50  # at least, where patches_per_case is left open; 1,292 cases in batches of 24 are 54
+
+
+def build_model(settings: Settings) -> FratMAE:
+    """The network of the settings, with reproducible initial weights."""
+    torch.manual_seed(settings.pretrain.seed)
+    sizes = settings.sizes
+    decoder = {"dim": sizes.decoder_dim, "depth": sizes.decoder_depth, "num_heads": sizes.decoder_heads}
+    decoder["block"] = settings.pretrain.decoder_block if settings.pretrain.is_cross_modal else "self"
+    return FratMAE(settings.wholebody.patch, settings.token_patch, sizes.encoder, decoder)
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Weight decay for matrices and kernels; none for biases, norms, the CLS token and the mask tokens."""
+    decayed, free = [], []
+    for name, parameter in model.named_parameters():
+        (free if parameter.ndim < 2 or name.endswith("_token") else decayed).append(parameter)
+    return [{"params": decayed, "weight_decay": weight_decay}, {"params": free, "weight_decay": 0.0}]
+
+
+def learning_rate(step: int, steps: int, warmup: int, highest: float) -> float:
+    """Linear warm-up over `warmup` steps, then half a cosine to zero at `steps` (paper section 2.4)."""
+    if step < warmup:
+        return highest * (step + 1) / warmup
+    return highest * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup))) / 2
+
+
+def hold_out(cases: list[Case], share: float, seed: int) -> tuple[list[Case], list[Case]]:
+    """Training and held-out cases; at least one is held out where a share is asked for and there are two cases."""
+    count = min(len(cases) - 1, max(1, round(share * len(cases)))) if share > 0 else 0
+    order = np.random.default_rng(seed).permutation(len(cases))
+    held = set(order[:count].tolist())
+    return [c for i, c in enumerate(cases) if i not in held], [c for i, c in enumerate(cases) if i in held]
+
+
+def draw_masks(
+    batch: int, tokens: int, ratio: float, is_cross_modal: bool, key: tuple[int, ...]
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """Tokens to keep and to mask, (B, n) and (B, m), of each modality that is masked in this step.
+
+    One modality, drawn at random for the whole batch (paper section 2.1), or both where each is reconstructed alone.
+    The same for the same key.
+    """
+    seed = int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1)
+    generator = torch.Generator().manual_seed(seed)
+    drawn = MODALITIES[int(torch.randint(2, (1,), generator=generator))]
+    modalities = (drawn,) if is_cross_modal else MODALITIES
+    return {modality: random_masking(batch, tokens, ratio, generator) for modality in modalities}
+
+
+def choose_patches(settings: Settings, cases: int) -> Settings:
+    """Settings with the patches an epoch draws of each of so many training cases, where they were left open."""
+    options = settings.pretrain
+    if options.patches_per_case is not None:
+        return settings
+    patches = max(1, math.ceil(STEPS_OF_AN_EPOCH * options.batch_size / cases))
+    return replace(settings, pretrain=replace(options, patches_per_case=patches))
+
+
+def choose_micro_batch(options: Pretrain, batch_size: int, world: int) -> int:
+    """Patches of one pass on one GPU.
+
+    Raises:
+        UserError: the batch cannot be cut into equal passes.
+    """
+    micro = options.micro_batch_size or batch_size // world
+    if micro < 1 or batch_size % (micro * world):
+        raise UserError(f"pretrain.batch_size {batch_size} cannot be cut into passes of {max(micro, 1)} patches on "
+                        f"{world} GPUs; choose pretrain.batch_size or pretrain.micro_batch_size anew")  # fmt: skip
+    if options.shuffle_partner and micro < 2:
+        raise UserError("pretrain.shuffle_partner: a pass of 1 patch has no other patient; choose a larger "
+                        "pretrain.micro_batch_size or fewer GPUs")  # fmt: skip
+    return micro
