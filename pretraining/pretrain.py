@@ -35,6 +35,8 @@ def _run(args: argparse.Namespace) -> None:
     for name in ("num_gpus", "num_nodes"):
         if getattr(args, name) < 1:
             raise UserError(f"-{name} {getattr(args, name)}: give at least 1")
+    if args.o is None:
+        nnunet_folder("nnUNet_results")
     datasets = [find_dataset("nnUNet_preprocessed", dataset_id) for dataset_id in args.d]
     loaded = [load_plans(preprocessed) for preprocessed in datasets]
     settings = _settings(loaded[0][0]["fratmae"], args)
