@@ -264,9 +264,11 @@ def convert_autopet(args: argparse.Namespace) -> None:
         Study(case, records[case], "Tr", partial(load_scan, scan), (scan.study, scan.ct, scan.pet, scan.lesions))
         for case, scan in cases.items()
     ]
-    failed = convert_studies(dataset, studies, {"command": "fratmae_convert_autopet"}, args.np)
-    _write_splits(dataset.folder, splits, cases, records)
-    if failed:
+
+    def complete(folder: Path) -> None:
+        _write_splits(folder, splits, cases, records)
+
+    if convert_studies(dataset, studies, {"command": "fratmae_convert_autopet"}, args.np, complete=complete):
         sys.exit(1)  # which cases, and why, has been said
 
 
@@ -291,10 +293,10 @@ def _write_splits(folder: Path, splits: Splits, cases: dict[str, Scan], records:
         {case: cases[case].patient for case in there},
         {case: f"{records[case].tracer} {records[case].diagnosis}" for case in there},
     )
+    write_splits(folder, made)
     if not made:
         print(f"no {SPLITS_FILE}: it takes studies of two patients")
         return
-    write_splits(folder, made)
     whose = "the release's" if kept else "made by patients"
     print(f"{SPLITS_FILE}: {len(made)} folds, {whose}; no patient is in training and validation of the same fold")
 

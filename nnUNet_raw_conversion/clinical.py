@@ -7,6 +7,7 @@ made may have a name, a patient number or a date of birth in any of them.
 from __future__ import annotations
 
 import csv
+import io
 import os
 import re
 import zipfile
@@ -157,13 +158,17 @@ def write_clinical(path: Path, records: Iterable[ClinicalRecord]) -> None:
             raise UserError(f"{path}: case_id {record.case_id!r} is there twice; keep one of the records")
         rows[record.case_id] = astuple(record)
     names = COLUMNS if any(row[-1] for row in rows.values()) else COLUMNS[:-1]
-    partial = Path(path).with_name(f".{Path(path).name}.partial")
-    with partial.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(names)
-        # whole years as "61", not "61.0"; None is written as an empty cell
-        writer.writerows([int(v) if isinstance(v, float) and v.is_integer() else v for v in row[: len(names)]]
-                         for row in rows.values())  # fmt: skip
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(names)
+    # whole years as "61", not "61.0"; None is written as an empty cell
+    writer.writerows([int(v) if isinstance(v, float) and v.is_integer() else v for v in row[: len(names)]]
+                     for row in rows.values())  # fmt: skip
+    content, path = text.getvalue().encode(), Path(path)
+    if path.is_file() and path.read_bytes() == content:
+        return
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_bytes(content)
     os.replace(partial, path)
 
 
@@ -284,7 +289,8 @@ def _stage(text: str | None) -> str | None:
     """The suffixes of Ann Arbor (A, B, E, S, X) and UICC (A, B, C, with a digit) are dropped; "3.0" is III."""
     if text is None:
         return None
-    if match := re.fullmatch(r"(?:STAGE |STADIUM )?(IV|I{1,3}|[1-4])(?: ?[ABCESX]+\d?|\.0)?", text.upper()):
+    stage, suffixes = r"(?:(?:STAGE|STADIUM)[ :]*)?(IV|I{1,3}|[1-4])", r"(?:\.0|(?:[ /_.,()+-]*[ABCESX]\d?)*\)?)"
+    if match := re.fullmatch(stage + suffixes, text.upper()):
         return STAGES[match[1]]
     key = re.sub("stage|stadium", "", _letters(text))
     for group, pattern in RISK_GROUPS.items():

@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 import threading
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import TypeVar
 
 Item, Result = TypeVar("Item"), TypeVar("Result")
+KILLED = "process was killed, most likely for want of memory"
 
 
 class UserError(Exception):
@@ -24,7 +26,8 @@ class UserError(Exception):
 def run_command(parser: argparse.ArgumentParser, main: Callable[[argparse.Namespace], None]) -> None:
     """Parse the command line and run `main`; a `UserError` ends in its message on stderr and exit code 1.
 
-    With `--debug` the traceback is shown as well. Ctrl-C ends with exit code 130, as in a shell.
+    Any other error is one line with its type and place in our code, without its text, which may name a patient's file.
+    With `--debug` the traceback is shown instead. Ctrl-C ends with exit code 130, as in a shell.
     """
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     args = parser.parse_args()
@@ -39,6 +42,20 @@ def run_command(parser: argparse.ArgumentParser, main: Callable[[argparse.Namesp
             raise
         print(f"{parser.prog}: stopped", file=sys.stderr)
         sys.exit(130)
+    except Exception as error:
+        if args.debug:
+            raise
+        what = f"unexpected {type(error).__name__} in {_place(error)}"
+        sys.exit(f"{parser.prog}: error: {what}; run again with --debug and report it")
+
+
+def _place(error: Exception) -> str:
+    """The last line of our own code that an error went through, as plans/extension.py:120."""
+    root, packages = Path(__file__).parents[1], ("nnUNet_raw_conversion", "nnunet_fratmae", "plans", "pretraining")
+    frames = [(Path(frame.filename), frame.lineno) for frame in traceback.extract_tb(error.__traceback__)]
+    ours = [(file.relative_to(root), line) for file, line in frames if root in file.parents]
+    ours = [f"{file.as_posix()}:{line}" for file, line in ours if file.parts[0] in packages]
+    return ours[-1]  # this file at least
 
 
 def nnunet_folder(variable: str) -> Path:
@@ -68,13 +85,20 @@ def find_dataset(variable: str, dataset_id: int) -> Path:
     return found[0]
 
 
-def map_cases(function: Callable[[Item], Result], items: Sequence[Item], processes: int) -> Iterator[Result]:
+def map_cases(
+    function: Callable[[Item], Result],
+    items: Sequence[Item],
+    processes: int,
+    if_killed: Callable[[Item], Result] | None = None,
+) -> Iterator[Result]:
     """The results of `function` for all items, in the order in which they are done; in this process if one is enough.
 
     The first error ends it: what has not begun is not begun any more.
 
     Args:
         function: picklable (a module's function or a functools.partial of one).
+        if_killed: the result for an item whose process is killed, as for want of memory. It is known by trying what was
+            not done then one item at a time; without this function a killed process is an error.
 
     Raises:
         UserError: fewer than one process asked for, or a process was killed.
@@ -84,16 +108,33 @@ def map_cases(function: Callable[[Item], Result], items: Sequence[Item], process
     if min(processes, len(items)) <= 1:
         yield from map(function, items)
         return
-    # Spawned, not forked: the threads of ITK and torch do not survive a fork
-    spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(min(processes, len(items)), spawn, _start_worker) as pool:
+    left = []
+    with _pool(min(processes, len(items))) as pool:
+        futures = {pool.submit(function, item): i for i, item in enumerate(items)}
         try:
-            for done in as_completed([pool.submit(function, item) for item in items]):
-                yield done.result()
-        except BrokenProcessPool:
-            raise UserError("a process was killed, most likely for want of memory; try a smaller -np") from None
+            for done in as_completed(futures):
+                if isinstance(done.exception(), BrokenProcessPool):
+                    left.append(futures[done])
+                else:
+                    yield done.result()
         finally:
             pool.shutdown(cancel_futures=True)
+    if left and if_killed is None:
+        raise UserError(f"a {KILLED}; try a smaller -np")
+    while left:
+        with _pool(1) as pool:
+            for i in sorted(left):
+                left.remove(i)
+                try:
+                    yield pool.submit(function, items[i]).result()
+                except BrokenProcessPool:
+                    yield if_killed(items[i])
+                    break
+
+
+def _pool(processes: int) -> ProcessPoolExecutor:
+    # Spawned, not forked: the threads of ITK and torch do not survive a fork
+    return ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), _start_worker)
 
 
 def _start_worker() -> None:

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from nnUNet_raw_conversion.checks import checked_case
 from nnUNet_raw_conversion.clinical import ClinicalRecord, write_clinical
-from nnUNet_raw_conversion.command import UserError, map_cases
+from nnUNet_raw_conversion.command import KILLED, UserError, map_cases
 from nnUNet_raw_conversion.geometry import parse_grid
 from nnUNet_raw_conversion.pictures import draw_case, index_page
 from nnUNet_raw_conversion.raw_dataset import (
@@ -77,7 +77,12 @@ class Study:
 
 
 def convert_studies(
-    dataset: RawDataset, studies: Sequence[Study], options: dict, processes: int, strict: bool = False
+    dataset: RawDataset,
+    studies: Sequence[Study],
+    options: dict,
+    processes: int,
+    strict: bool = False,
+    complete: Callable[[Path], None] | None = None,
 ) -> int:
     """Convert all studies into `dataset`, with clinical.csv, a report, and pictures; the number of cases that failed.
 
@@ -88,6 +93,7 @@ def convert_studies(
         options: what holds for all cases, as JSON, "grid" (see `geometry.target_grid`) among them. A dataset that was
             begun with others is refused.
         strict: the dataset must be new, and one case that fails ends in a UserError with all errors and no dataset.
+        complete: called with the folder of the dataset when all cases are in it, before it takes its place.
 
     Raises:
         UserError: as above, doubled or unusable case names, cases in the dataset that are no studies any more, no case
@@ -99,14 +105,15 @@ def convert_studies(
         raise UserError(f"-np {processes}: give at least 1 process")
     if strict:
         dataset.refuse_existing()
-    rows, folder = _resume(dataset, studies, options), dataset.staging
+    rows = _resume(dataset, studies, options)
+    folder = dataset.where
     todo = [study for study in studies if study.case_id not in rows]
     if rows:
         print(f"{len(rows)} of {len(studies)} cases are done already")
     convert = partial(convert_study, folder=folder, grid=options.get("grid", "pet"))
     try:
         with tqdm(total=len(studies), initial=len(rows), desc="cases", smoothing=0, disable=not todo) as progress:
-            for row in map_cases(convert, todo, processes):
+            for row in map_cases(convert, todo, processes, partial(_killed, folder=folder)):
                 rows[row["case_id"]] = row
                 progress.update()
                 if row["error"] and not strict:
@@ -124,6 +131,8 @@ def convert_studies(
     _write_tables(folder, studies, ordered, dataset.folder.name)
     if len(failed) == len(studies):
         raise UserError(f"none of {len(studies)} cases could be converted; the reasons are in {folder / REPORT}")
+    if complete:
+        complete(folder)
     dataset.finish()
     _print_summary(dataset.folder, ordered, failed)
     return len(failed)
@@ -140,8 +149,7 @@ def convert_study(study: Study, folder: Path, grid: str) -> dict:
     """
     sitk.ProcessObject.SetGlobalWarningDisplay(False)  # ITK's warnings name files, whose folders may be patients' names
     started = time.monotonic()
-    row = {**dict.fromkeys(COLUMNS), "case_id": study.case_id, "part": study.part, "used": {}, "notes": [], "rois": [],
-           "missing_ct": False, "inputs": _fingerprint(study), "files": {}}  # fmt: skip
+    row = _new_row(study)
     _write_row(folder, {**row, "status": "begun"})  # so that the next run knows whose files it may find
     try:
         _convert(study, folder, grid, row)
@@ -155,10 +163,24 @@ def convert_study(study: Study, folder: Path, grid: str) -> dict:
         last = traceback.extract_tb(error.__traceback__)[-1]
         what = f"{type(error).__name__} in {Path(last.filename).name}, line {last.lineno}"
         row["error"] = f"cannot be converted ({what}); are its files damaged? if not, please report this"
-    if row["error"]:
-        remove_case(folder, study.case_id)
-    row["status"] = "failed" if row["error"] else "done"
     row["seconds"] = round(time.monotonic() - started, 2)
+    return _finished(row, folder)
+
+
+def _killed(study: Study, folder: Path) -> dict:
+    """The row of a case whose process was killed."""
+    return _finished({**_new_row(study), "error": f"its {KILLED}; try a smaller -np"}, folder)
+
+
+def _new_row(study: Study) -> dict:
+    return {**dict.fromkeys(COLUMNS), "case_id": study.case_id, "part": study.part, "used": {}, "notes": [], "rois": [],
+            "missing_ct": False, "inputs": _fingerprint(study), "files": {}}  # fmt: skip
+
+
+def _finished(row: dict, folder: Path) -> dict:
+    if row["error"]:
+        remove_case(folder, row["case_id"])
+    row["status"] = "failed" if row["error"] else "done"
     _write_row(folder, row)
     return row
 
@@ -205,8 +227,12 @@ def _convert(study: Study, folder: Path, grid: str, row: dict) -> None:
 
 
 def _resume(dataset: RawDataset, studies: Sequence[Study], options: dict) -> dict[str, dict]:
-    """Open the dataset and remove what is left of cases that are not done; the rows of those that are, by case_id."""
+    """Open the dataset, unless no case of it is to be done, and remove what is left of those that are not done; the
+    rows of the others, by case_id."""
     kept, others = _kept_rows(dataset.where, studies)  # what is refused is refused before anything moves
+    dataset.refuse_other_options(options)
+    if dataset.folder.exists() and len(kept) == len(studies) and not others:
+        return kept
     dataset.resume(options)
     with writing_to(dataset.staging):
         for case_id in others:

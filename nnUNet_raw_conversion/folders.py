@@ -1,4 +1,4 @@
-"""Which folders of a tree are the patients', where nothing but their names can tell it.
+"""Folders of a tree that hold NIfTI studies, and which are the patients', where nothing but their names can tell it.
 
 A tree may be INPUT/<patient>, INPUT/<centre>/<patient>, INPUT/<patient>/<time point>, ... Taking a centre for a patient
 would make time points of its patients, of which all but one are left out; so what is not plain is refused.
@@ -6,6 +6,7 @@ would make time points of its patients, of which all but one are left out; so wh
 
 from __future__ import annotations
 
+import os
 import re
 from collections import defaultdict
 from collections.abc import Collection, Iterable
@@ -24,9 +25,13 @@ _PART = re.compile(
     r"ct|pet|pt|suv|seg|segmentations?|masks?|labels?|lesions?|annotations?|contours?|rois?|images?|nifti|nii|dicom|dcm",
     re.I,
 )
+_SEG_NAME = re.compile(r"seg|mask|lesion|label|gtv|annotation|contour|(?<![a-z])roi", re.I)
+_PET_NAME = re.compile(r"suv|(?<![a-z])pe?t(?![a-z])", re.I)
+_CT_NAME = re.compile(r"(?<![a-z])ct(?:res|ac)?(?![a-z])", re.I)
 _UID = re.compile(r"\d+(?:\.\d+){4,}")
 _DATE = re.compile(
-    r"(?<!\d)(?:(?:19|20)\d\d([-_. ]?)[01]?\d\1[0-3]?\d|[0-3]?\d([-_. ])[0-3]?\d\2(?:19|20)\d\d)(?!\d)"
+    r"(?<!\d)(?:(?:19|20)\d\d(?:[01]\d[0-3]\d|([-_. ])[01]?\d\1[0-3]?\d)|[0-3]?\d([-_. ])[0-3]?\d\2(?:19|20)\d\d)"
+    r"(?!\d)"
 )
 # What the name of a time point is made of besides dates and numbers of one or two digits; English and German
 _TIME_WORDS = frozenset(
@@ -58,6 +63,7 @@ class PatientFolders:
             UserError: there are `deciding` folders, and the level cannot be told.
         """
         self.root, self.chosen = root, level
+        deciding, others = list(deciding), list(others)
         chains = {chain for folder in deciding if (chain := self._names(folder))}
         every = chains | {chain for folder in others if (chain := self._names(folder))}
         self.level = 0
@@ -70,8 +76,8 @@ class PatientFolders:
                                 "patients' folders (1: those in it, 2: those in these, ...)")  # fmt: skip
             self.level = max(votes, default=0)
         above: defaultdict[str, set[tuple]] = defaultdict(set)
-        for chain in (self._cut(folder) for folder in (*deciding, *others)):
-            above[chain[1].casefold()].add(chain[0])
+        for over, name, _ in map(self._cut, deciding):
+            above[name.casefold()].add(over)
         self._ambiguous = {name for name, places in above.items() if len(places) > 1}
 
     def split(self, folder: Path) -> tuple[str, str, str]:
@@ -97,9 +103,18 @@ class PatientFolders:
         return _inner(folder.relative_to(self.root).parts)
 
 
-def is_part(name: str) -> bool:
-    """Whether a folder of this name holds a part of a study: "CT", "masks"."""
-    return bool(_PART.fullmatch(name))
+def nifti_cases(root: Path) -> dict[Path, dict[str, list[Path]]]:
+    """The NIfTI files of each folder that has some, by kind; those in folders such as CT belong to the folder above."""
+    cases: dict[Path, dict[str, list[Path]]] = {}
+    for file in _nifti_files(root):
+        folder = file.parent
+        while folder != root and _PART.fullmatch(folder.name):
+            folder = folder.parent
+        kinds = cases.setdefault(folder, {"CT": [], "PET": [], "lesions": []})
+        kind = _kind(file.name)
+        if kind:
+            kinds[kind].append(file)
+    return cases
 
 
 def without_trial(folder: str) -> str:
@@ -161,3 +176,24 @@ def _is_timepoint(name: str) -> bool | None:
     if dates:
         return of_time or None
     return bool(words) and of_time and all(len(number) < 3 for number in re.findall(r"\d+", rest))
+
+
+def _nifti_files(root: Path) -> list[Path]:
+    """All NIfTI files below `root`, through links as well, each folder once."""
+    seen, files = set(), []
+    for path, folders, names in os.walk(root, followlinks=True):
+        real = os.path.realpath(path)
+        if real in seen:
+            folders.clear()
+        else:
+            seen.add(real)
+            files += [Path(path, n) for n in names if n.lower().endswith((".nii", ".nii.gz")) and n[0] != "."]
+    return sorted(files)
+
+
+def _kind(name: str) -> str | None:
+    """ "CT", "PET" or "lesions" by a file's name; pet_seg.nii.gz is lesions; what names CT and PET alike is neither."""
+    if _SEG_NAME.search(name):
+        return "lesions"
+    ct, pet = bool(_CT_NAME.search(name)), bool(_PET_NAME.search(name))
+    return None if ct == pet else "CT" if ct else "PET"

@@ -21,13 +21,15 @@ from nnUNet_raw_conversion.conversion import Loaded, Study, convert_studies
 from nnUNet_raw_conversion.dicom.choose import choose_ct, choose_lesions, usable_cts
 from nnUNet_raw_conversion.dicom.index import Series, read_header
 from nnUNet_raw_conversion.dicom.lesions import read_lesions
-from nnUNet_raw_conversion.dicom.suv import SuvOverride, read_overrides, read_suv
+from nnUNet_raw_conversion.dicom.overrides import SuvOverride, read_overrides
+from nnUNet_raw_conversion.dicom.suv import read_suv
 from nnUNet_raw_conversion.dicom.volume import read_volume
 from nnUNet_raw_conversion.geometry import parse_grid, read_image, resample_to, target_grid
 from nnUNet_raw_conversion.linking import link_unchanged
 from nnUNet_raw_conversion.patients import (
     PATIENT_COLUMNS,
     Table,
+    known_numbers,
     other_sex,
     parse_columns,
     read_patients,
@@ -88,6 +90,8 @@ def _load_dicom(recipe: Recipe) -> Loaded:
         notes += [note if note.startswith("CT") else f"CT: {note}" for note in ct_notes]
     if recipe.contours:
         used["lesions"] = recipe.contours_why
+        if len(recipe.contours) > 1:
+            notes.append(f"lesions of {recipe.contours_why}; take away what is an older version")
         # Drawn on the grid that is written: contours resampled as masks would lose what is smaller than voxels
         target = target_grid(ct, pet, recipe.grid)
         image = pet if recipe.grid == "pet" else resample_to(pet, target, 0)
@@ -133,7 +137,8 @@ def convert_ghsg(args: argparse.Namespace) -> None:
     keys_path = key_file(args.key_file, args.i[0])
     keys = read_keys(keys_path)
 
-    visits, contours, messages = find_visits(args.i)
+    known = known_numbers(table, keys, args.test_list)
+    visits, contours, messages = find_visits(args.i, known, args.patient_level)
     visits = [table.with_trial(visit) for visit in visits]
     visits, more = select(visits, args.timepoint)
     named = assign(keys, [Key("", v.trial, v.patient, v.timepoint, v.source) for v in visits], args.n)
@@ -157,7 +162,7 @@ def convert_ghsg(args: argparse.Namespace) -> None:
         studies.append(_study(case_id, recipe, record_of(case_id, visit, row, args.diagnosis), case_id in test))
         without_row += bool(args.clinical) and row is None
         unlabelled += studies[-1].part == "Pt" and not recipe.visit.problem
-    messages += more
+    messages += [*more, *table.warnings]
     if unlabelled:
         messages.append(f"{unlabelled} cases without lesion contours are for pretraining only (imagesPt)")
     if without_row:
@@ -171,11 +176,13 @@ def convert_ghsg(args: argparse.Namespace) -> None:
     print(f"{len({(v.trial, v.patient) for v in visits})} patients; who they are is in {keys_path}")
 
     options = {"command": "fratmae_convert_ghsg", "grid": args.grid, "timepoint": args.timepoint or "all"}
-    failed = convert_studies(dataset, studies, options, args.np)
-    if args.link:
-        _link(dataset.folder, cases)
-    _write_splits(dataset.folder, studies, cases)
-    if failed:
+
+    def complete(folder: Path) -> None:
+        if args.link:
+            _link(folder, cases)
+        _write_splits(folder, studies, cases)
+
+    if convert_studies(dataset, studies, options, args.np, complete=complete):
         sys.exit(1)  # which cases, and why, has been said
 
 
@@ -193,6 +200,8 @@ def main() -> None:
     add("--lesion-roi", metavar="REGEX", help="ROIs that are lesions [all but organs, outlines, planning volumes]")
     add("--grid", default="pet", help="grid to write: pet, ct, or a spacing x,y,z in mm [pet]")
     add("--timepoint", type=_timepoint, default=1, metavar="N", help="N-th PET study of a patient by date, or all [1]")
+    add("--patient-level", type=_number, metavar="N", help="depth of the folders that are patients, 1: those in DIR; "
+        "matters for NIfTI and for DICOM without patient IDs [told by their names]")  # fmt: skip
     add("--test-list", type=Path, metavar="FILE", help="patients (number or pseudonym, one a line) for imagesTs")
     add("--allow-missing-ct", action="store_true", help="PET without CT is converted, with a CT of air")
     add("--suv-override", type=Path, metavar="FILE", help="csv of what headers lack: case_id (the pseudonym), "
@@ -228,19 +237,23 @@ def _write_splits(folder: Path, studies: Sequence[Study], cases: Mapping[str, Vi
     """splits_final.json where patients have several labelled cases, which nnU-Net would put on both sides."""
     there = [s for s in studies if s.part == "Tr" and (folder / "labelsTr" / f"{s.case_id}.nii.gz").exists()]
     patient_of = {study.case_id: f"{cases[study.case_id].trial}/{cases[study.case_id].patient}" for study in there}
+    splits = []
     if len(set(patient_of.values())) < len(patient_of):
         stratum_of = {study.case_id: f"{study.record.tracer} {study.record.stage}" for study in there}
-        if splits := make_splits(patient_of, stratum_of):
-            write_splits(folder, splits)
-            print(f"{SPLITS_FILE}: every patient on one side only")
+        splits = make_splits(patient_of, stratum_of)
+    write_splits(folder, splits)
+    if splits:
+        print(f"{SPLITS_FILE}: every patient on one side only")
 
 
 def _timepoint(text: str) -> int:
-    if text == "all":
-        return ALL
+    return ALL if text == "all" else _number(text)
+
+
+def _number(text: str) -> int:
     if text.isdigit() and int(text) > 0:
         return int(text)
-    raise argparse.ArgumentTypeError(f"{text!r} is neither a number from 1 on nor all")
+    raise argparse.ArgumentTypeError(f"{text!r} is no number from 1 on")
 
 
 if __name__ == "__main__":

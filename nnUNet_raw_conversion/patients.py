@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
@@ -12,12 +12,14 @@ import pydicom
 
 from nnUNet_raw_conversion.clinical import COLUMNS, TRACERS, ClinicalRecord, clinical_record, read_table
 from nnUNet_raw_conversion.command import UserError
-from nnUNet_raw_conversion.pseudonyms import same_number, scrubber
+from nnUNet_raw_conversion.pseudonyms import Key, same_number, scrubber
 from nnUNet_raw_conversion.trial import Visit, trial_in
 
 PATIENT_COLUMNS = (*(name for name in COLUMNS if name != "missing"), "trial")
 # Fluorodeoxyglucose F^18^ in SRT and SNOMED CT (PS3.16 CID 4021); other agents are known by the meaning of their code
 FDG_CODES = {"C-B1031", "35321007"}
+
+_WITH_TRIAL = re.compile(r"HD[ _-]?(\d\d)[\s,;/_-]+(\S.*)", re.I)
 
 
 @dataclass(frozen=True)
@@ -25,6 +27,7 @@ class Table:
     """A clinical table by (trial or "", patient's number as `same_number` gives it)."""
 
     records: dict[tuple[str, str], ClinicalRecord]
+    warnings: tuple[str, ...] = ()
 
     def with_trial(self, visit: Visit) -> Visit:
         """The visit with the trial that the table has for the patient, if nothing else tells it."""
@@ -57,6 +60,9 @@ def parse_columns(pairs: list[str]) -> dict[str, str]:
 def read_patients(path: Path, columns: Mapping[str, str]) -> Table:
     """The clinical table of a trial, a row a patient; columns that we do not know are ignored.
 
+    A stage, age or sex that makes no sense is left empty with a warning, since one typing error in hundreds of rows is
+    no reason to stop; unless most of the column makes none, which then is another column.
+
     Args:
         columns: our names and the table's; the column `case_id` has the patients' numbers, `trial` (needed only where
             trials share numbers) HD18 or 18.
@@ -76,8 +82,10 @@ def read_patients(path: Path, columns: Mapping[str, str]) -> Table:
         if count:
             place[name] = lower.index(wanted.lower())
     records: dict[tuple[str, str], ClinicalRecord] = {}
+    odd = {name: _odd_cells([(line, cells[place[name]]) for line, cells in rows], name, path)
+           for name in ("age", "sex", "stage") if name in place}  # fmt: skip
     for line, cells in rows:
-        values = {name: cells[index] for name, index in place.items()}
+        values = {name: cells[index] for name, index in place.items() if line not in odd.get(name, {})}
         trial = str(values.pop("trial", None) or "")
         try:
             record = clinical_record(**values)
@@ -87,7 +95,29 @@ def read_patients(path: Path, columns: Mapping[str, str]) -> Table:
         except UserError as error:
             raise UserError(f"{path}, line {line}: {error}") from None
         records[key] = record
-    return Table(records)
+    warnings = []
+    for lines in filter(None, odd.values()):
+        shown = ", ".join(map(str, list(lines)[:10])) + (", ..." if len(lines) > 10 else "")
+        warnings.append(f"{path}, line {shown}: {next(iter(lines.values()))} (it is left empty now)")
+    return Table(records, tuple(warnings))
+
+
+def _odd_cells(cells: list[tuple[int, object]], name: str, path: Path) -> dict[int, str]:
+    """What is wrong with the cells of a column that make no sense, by line.
+
+    Raises:
+        UserError: they are more than the others.
+    """
+    odd, good = {}, 0
+    for line, cell in cells:
+        try:
+            good += getattr(clinical_record("-", **{name: cell}), name) is not None
+        except UserError as error:
+            odd[line] = str(error)
+    if len(odd) > good:
+        line, what = next(iter(odd.items()))
+        raise UserError(f"{path}, line {line}: {what}")
+    return odd
 
 
 def record_of(case_id: str, visit: Visit, row: ClinicalRecord | None, diagnosis: str) -> ClinicalRecord:
@@ -116,12 +146,6 @@ def read_test_list(path: Path, cases: Mapping[str, Visit]) -> set[str]:
     Raises:
         UserError: naming the line, never what is in it.
     """
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError):
-        raise UserError(
-            f"--test-list {path}: cannot be read as UTF-8 text; give a file with a patient a line"
-        ) from None
     called: dict[str, set[tuple[str, str]]] = {}
     for case_id, visit in cases.items():
         names = {case_id.casefold(), *map(same_number, visit.numbers)}
@@ -129,11 +153,8 @@ def read_test_list(path: Path, cases: Mapping[str, Visit]) -> set[str]:
         for name in names:
             called.setdefault(name, set()).add((visit.trial, visit.patient))
     chosen = set()
-    for number, line in enumerate(lines, 1):
-        text = line.split("#")[0].strip().strip(",;").strip()
-        if not text:
-            continue
-        with_trial = re.fullmatch(r"HD[ _-]?(\d\d)[\s,;/_-]+(\S.*)", text, re.I)
+    for number, text in _test_lines(path):
+        with_trial = _WITH_TRIAL.fullmatch(text)
         names = [same_number(text), text.casefold()]
         names += [f"hd{with_trial[1]} {same_number(with_trial[2])}"] if with_trial else []
         found = set().union(*(called.get(name, set()) for name in names))
@@ -144,6 +165,31 @@ def read_test_list(path: Path, cases: Mapping[str, Visit]) -> set[str]:
             raise UserError(f"--test-list {path}, line {number}: is {what}{'' if found else ' of the input'}")
         chosen |= found
     return {case_id for case_id, visit in cases.items() if (visit.trial, visit.patient) in chosen}
+
+
+def known_numbers(table: Table, keys: Iterable[Key], test_list: Path | None) -> set[str]:
+    """All numbers of patients in the clinical table, the key table and the test list, as `same_number` gives them."""
+    numbers = {number for _, number in table.records} | {same_number(key.patient.split("/")[-1]) for key in keys}
+    for _, text in _test_lines(test_list) if test_list else ():
+        with_trial = _WITH_TRIAL.fullmatch(text)
+        numbers.add(same_number(with_trial[2] if with_trial else text))
+    return numbers - {""}
+
+
+def _test_lines(path: Path) -> list[tuple[int, str]]:
+    """The lines of a test list that are not empty, each with its number.
+
+    Raises:
+        UserError: the file is missing or no text.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError):
+        raise UserError(
+            f"--test-list {path}: cannot be read as UTF-8 text; give a file with a patient a line"
+        ) from None
+    texts = [(number, line.split("#")[0].strip().strip(",;").strip()) for number, line in enumerate(lines, 1)]
+    return [(number, text) for number, text in texts if text]
 
 
 def _from_header(header: pydicom.Dataset) -> dict[str, object]:

@@ -112,10 +112,10 @@ def draw_case(
         show_mip(axes, suv, spacing, view)
         if lesions is not None:
             overlay(axes, lesions, LESION, spacing, view, alpha=0.6)
-        _name_sides(axes, sides)
+        name_sides(axes, sides)
     if hu is not None:
         show_ct(ct, hu, spacing, coronal_slice(hu, lesions))
-        _name_sides(ct, "RL")
+        name_sides(ct, "RL")
     else:
         ct.set_axis_off()
         ct.text(0.5, 0.5, "no CT", ha="center", va="center", transform=ct.transAxes)
@@ -140,7 +140,7 @@ def _panels(title: str, height: float, widths: dict[str, float]) -> tuple[Figure
     return figure, panels
 
 
-def _name_sides(axes: Axes, sides: str) -> None:
+def name_sides(axes: Axes, sides: str) -> None:
     """Letters of the patient's sides on the left and right of a panel."""
     for side, place, align in zip(sides, (0.02, 0.98), ("left", "right"), strict=True):
         axes.text(place, 0.01, side, ha=align, va="bottom", fontsize=9, color="tab:orange", transform=axes.transAxes)

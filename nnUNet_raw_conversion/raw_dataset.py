@@ -79,6 +79,16 @@ class RawDataset:
         if self.folder.exists():
             raise UserError(f"{self.folder} is there already; choose another ID or name, or remove that folder")
 
+    def refuse_other_options(self, options: dict) -> None:
+        """Raises UserError if cases were converted with other options (as JSON)."""
+        there, options = self.where, json.loads(json.dumps(options))  # as it is when read back
+        path = there / OPTIONS
+        before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else options
+        if before != options and any(there.glob(f"images*/*{FILE_ENDING}")):
+            key = next(k for k in sorted({*before, *options}) if before.get(k) != options.get(k))
+            raise UserError(f"{there} was begun with {key}={before.get(key)}, now it is {options.get(key)}; "
+                            "say the same as before, choose another -d, or remove that folder")  # fmt: skip
+
     def resume(self, options: dict) -> None:
         """Begin, or go on with what an earlier run left: the hidden folder is there afterwards, the final one not.
 
@@ -88,17 +98,11 @@ class RawDataset:
         Raises:
             UserError: cases were converted with other options, or nnUNet_raw cannot be written to.
         """
-        there, options = self.where, json.loads(json.dumps(options))  # as it is when read back
-        if (there / OPTIONS).exists():
-            before = json.loads((there / OPTIONS).read_text(encoding="utf-8"))
-        else:  # what another command left when it was killed
+        self.refuse_other_options(options)
+        there = self.where
+        if not (there / OPTIONS).exists():  # what another command left when it was killed
             self.refuse_existing()
             shutil.rmtree(self.staging, ignore_errors=True)
-            before = options
-        if before != options and any(there.glob(f"images*/*{FILE_ENDING}")):
-            key = next(k for k in sorted({*before, *options}) if before.get(k) != options.get(k))
-            raise UserError(f"{there} was begun with {key}={before.get(key)}, now it is {options.get(key)}; "
-                            "say the same as before, choose another -d, or remove that folder")  # fmt: skip
         with writing_to(self.folder.parent):
             if there == self.folder:
                 self.folder.rename(self.staging)
@@ -107,11 +111,12 @@ class RawDataset:
             write_text(self.staging, OPTIONS, json.dumps(options, indent=2))
 
     def finish(self) -> None:
-        """Write dataset.json and put the folder in its place.
+        """Write dataset.json and put the folder in its place, if it is not there.
 
         dataset.json is as nnU-Net wants it, with both channels named "CT" so that stock plans keep HU and SUV absolute
         (DESIGN contract 2), and a reader that brings every image into one orientation (contract 1)."""
-        labelled = sorted((self.staging / "labelsTr").glob("*" + FILE_ENDING))
+        there = self.where
+        labelled = sorted((there / "labelsTr").glob("*" + FILE_ENDING))
         content = {
             "channel_names": {"0": "CT", "1": "CT"},
             "labels": LABELS,
@@ -120,10 +125,11 @@ class RawDataset:
             "overwrite_image_reader_writer": "SimpleITKIOWithReorient",
             "fratmae": {"modalities": ["CT", "PET"], "units": ["HU", "SUVbw"]},
         }
-        write_text(self.staging, "dataset.json", json.dumps(content, indent=2))
+        write_text(there, "dataset.json", json.dumps(content, indent=2))
         with writing_to(self.folder.parent):
-            shutil.rmtree(self.staging / ".writing", ignore_errors=True)
-            self.staging.rename(self.folder)
+            shutil.rmtree(there / ".writing", ignore_errors=True)
+            if there != self.folder:
+                there.rename(self.folder)
 
 
 def write_case(
@@ -195,7 +201,10 @@ def new_file(folder: Path, name: str) -> Iterator[Path]:
 
 
 def write_text(folder: Path, name: str, text: str) -> None:
-    """Write the file `name` below `folder` whole or not at all (UTF-8)."""
+    """Write the file `name` below `folder` whole or not at all (UTF-8), unless it is there with this text."""
+    target = folder / name
+    if target.is_file() and target.read_bytes() == text.encode():
+        return
     with new_file(folder, name) as partial:
         partial.write_text(text, encoding="utf-8")
 

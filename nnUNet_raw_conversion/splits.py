@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 from collections import defaultdict
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from nnUNet_raw_conversion.command import UserError
-from nnUNet_raw_conversion.raw_dataset import writing_to
+from nnUNet_raw_conversion.raw_dataset import write_text, writing_to
 
 Splits = list[dict[str, list[str]]]
 SPLITS_FILE = "splits_final.json"
@@ -73,12 +72,14 @@ def keep_cases(splits: Splits, cases: Collection[str]) -> Splits:
 
 
 def write_splits(folder: Path, splits: Splits) -> None:
-    """Write splits_final.json to a raw dataset folder, from where fratmae_plan_and_preprocess hands it to nnU-Net.
+    """Write splits_final.json to a raw dataset folder, from where fratmae_plan_and_preprocess hands it to nnU-Net; for
+    no splits, remove what an earlier run wrote.
 
     Raises:
         WriteError: the disk is full, or the like.
     """
-    partial = folder / f".partial_{SPLITS_FILE}"
-    with writing_to(folder):
-        partial.write_text(json.dumps(splits, indent=1), encoding="utf-8")
-        os.replace(partial, folder / SPLITS_FILE)
+    if splits:
+        write_text(folder, SPLITS_FILE, json.dumps(splits, indent=1))
+    else:
+        with writing_to(folder):
+            (folder / SPLITS_FILE).unlink(missing_ok=True)

@@ -9,34 +9,25 @@ from __future__ import annotations
 import os
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from nnUNet_raw_conversion.clinical import YEARS
 from nnUNet_raw_conversion.command import UserError
 from nnUNet_raw_conversion.dicom.choose import choose_pet
+from nnUNet_raw_conversion.dicom.fields import parse_date
 from nnUNet_raw_conversion.dicom.index import Series, scan
+from nnUNet_raw_conversion.folders import PatientFolders, nifti_cases, without_trial
 
 ALL = 0
 IMAGES = ("PT", "CT")
+AGE_TOLERANCE = 2  # years by which StudyDate minus PatientAge may differ in one patient
 # HD16, HD-17, "GHSG HD 18"; but not the "HD" of a reconstruction in front of "18F"
 _TRIAL = re.compile(r"(?<![A-Za-z0-9])HD[ _-]?([12]\d)(?![A-Za-z0-9])", re.I)
 _TRIAL_TAGS = [f"ClinicalTrial{what}" for what in ("ProtocolID", "ProtocolName", "SponsorName", "SubjectID")]
-# Folders that hold patients or parts of one, and are no patient
-_NO_PATIENT = re.compile(
-    r"(?:(?:ghsg[ _-]?)?hd[ _-]?[12]\d|ghsg)?[ _-]?(?:dicom|dcm|data|images?|export|nifti|nii|patients?|cases|petct"
-    r"|train(?:ing)?|test(?:ing)?|val(?:idation)?)?",
-    re.I,
-)
-_PART = re.compile(
-    r"ct|pet|pt|suv|seg|segmentations?|masks?|labels?|lesions?|annotations?|contours?|rois?|images?|nifti|nii|dicom|dcm",
-    re.I,
-)
 _DUMMY = re.compile(r"[\W_0x]*|[\W_0x]*(?:anonym[a-z]*|anon|unknown|unbekannt|none|null|n/?a|de-?identified|removed"
                     r"|dummy|no ?name|no ?id|patient(?: ?id)?|test|id)[\W_0]*", re.I)  # fmt: skip
-_SEG_NAME = re.compile(r"seg|mask|lesion|label|gtv|annotation|contour|(?<![a-z])roi", re.I)
-_PET_NAME = re.compile(r"suv|(?<![a-z])pe?t(?![a-z])", re.I)
-_CT_NAME = re.compile(r"(?<![a-z])ct(?:res|ac)?(?![a-z])", re.I)
 
 
 @dataclass(frozen=True)
@@ -66,13 +57,18 @@ class Visit:
     """Names of the folders and files, which shall be shown nowhere."""
 
 
-def find_visits(inputs: Sequence[Path], progress: bool = True) -> tuple[list[Visit], list[Series], list[str]]:
+def find_visits(
+    inputs: Sequence[Path], known: Collection[str] = (), level: int | None = None, progress: bool = True
+) -> tuple[list[Visit], list[Series], list[str]]:
     """All visits below the folders `inputs`, all RTSTRUCT and SEG series there, and messages about the whole.
 
+    Args:
+        known, level: which folders are patients' where headers do not say it, see `PatientFolders`.
+
     Raises:
-        UserError: there is no such folder, or nothing in it.
+        UserError: there is no such folder, nothing in it, or the patients' folders cannot be told.
     """
-    nifti, messages, series, unreadable = [], [], {}, 0
+    messages, series, cases, unreadable = [], {}, {}, 0
     roots: dict[Path, Path] = {}
     for root in inputs:
         found, bad = scan(root, progress)
@@ -80,11 +76,17 @@ def find_visits(inputs: Sequence[Path], progress: bool = True) -> tuple[list[Vis
         for one in found:
             series.setdefault((one.patient, one.study_uid, one.series_uid, one.modality), one)
             roots |= dict.fromkeys(one.files, root)
-        nifti += _nifti_visits(root)
-    visits = _merge(_dicom_visits(list(series.values()), roots, messages), nifti, messages)
+        cases[root] = nifti_cases(root)
+    people = _People(list(series.values()), roots, cases, known, level)
+    nifti = [_nifti_visit(*case, people.folders[root]) for root in inputs for case in cases[root].items()]
+    visits = _merge(_dicom_visits(people, messages), nifti, messages)
     if not visits:
         where = " ".join(map(str, inputs))
         raise UserError(f"-i {where}: holds no PET or CT, neither DICOM nor NIfTI; give the folder of the studies")
+    for folders in people.folders.values():
+        if folders.level:
+            messages.append(f"-i {folders.root}: the folders {folders.level + 1} levels below it are taken for "
+                            "patients; if they are not, say --patient-level N")  # fmt: skip
     if unreadable:
         messages.append(f"{unreadable} DICOM files or folders could not be read and are left out")
     return _without_doubles(visits), [one for one in series.values() if one.modality in ("RTSTRUCT", "SEG")], messages
@@ -133,46 +135,88 @@ def trial_in(text: str) -> str:
     return found.pop() if len(found) == 1 else ""
 
 
-def _dicom_visits(series: list[Series], roots: dict[Path, Path], messages: list[str]) -> list[Visit]:
+class _People:
+    """Whose each series is, as far as the headers say it, and the folders of the patients."""
+
+    def __init__(
+        self, series: list[Series], roots: Mapping[Path, Path], cases: Mapping[Path, Mapping[Path, dict]],
+        known: Collection[str], level: int | None,
+    ) -> None:  # fmt: skip
+        self.series, self.roots = series, roots
+        images = _images(series)
+        # One ID for all, but of different people in one trial, is a dummy, however it is spelled.
+        all_one = len({one.patient for one in images}) == 1
+        all_one = all_one and any(_different_people(theirs) for theirs in _by_trial(series, roots).values())
+        self.has_id = [not all_one and not _DUMMY.fullmatch(one.patient) for one in series]
+        self.person = [
+            one.patient if has_id else f"study {one.study_uid}"
+            for one, has_id in zip(series, self.has_id, strict=True)
+        ]
+        self.subjects: dict[str, set[str]] = defaultdict(set)
+        """By person; the number in the trial counts for all series, since not every scanner or program writes it."""
+        for one, who in zip(series, self.person, strict=True):
+            subject = _tag(one, "ClinicalTrialSubjectID")
+            self.subjects[who] |= set() if _DUMMY.fullmatch(subject) else {subject}
+        sure = [has_id or bool(self.subjects[who]) for has_id, who in zip(self.has_id, self.person, strict=True)]
+        self.by_header = sure
+        """Whether PatientID or the number in the trial say whose a series is."""
+
+        files: dict[str, list[Path]] = defaultdict(list)
+        for one in images or series:
+            files[one.study_uid] += one.files
+        self._study_folder = {study: _common_folder(found, roots) for study, found in files.items()}
+        beside = {parent for one, is_sure in zip(series, sure, strict=True) if is_sure
+                  for parent in one.files[0].parents}  # fmt: skip
+        self.folders: dict[Path, PatientFolders] = {}
+        for root, nifti in cases.items():
+            here = [(self.folder_of(one), is_sure) for one, is_sure in zip(series, sure, strict=True)
+                    if roots[one.files[0]] == root and one.modality in IMAGES]  # fmt: skip
+            deciding = {folder for folder, is_sure in here if not is_sure} | (set(nifti) - beside)
+            others = {folder for folder, is_sure in here if is_sure}
+            self.folders[root] = PatientFolders(root, deciding, others, known, level)
+
+    def folder_of(self, one: Series) -> Path:
+        """The folder that holds the study of a series; contours may lie elsewhere."""
+        return self._study_folder.get(one.study_uid) or one.files[0].parent
+
+    def patient_folder(self, one: Series) -> tuple[str, str]:
+        """The patient by its folder, and the folder's name; "" if there is none."""
+        return self.folders[self.roots[one.files[0]]].split(self.folder_of(one))[:2]
+
+
+def _common_folder(files: Sequence[Path], roots: Mapping[Path, Path]) -> Path:
+    """The deepest folder that holds all files that are below the root of the first."""
+    root = roots[files[0]]
+    return Path(os.path.commonpath([file.parent for file in files if roots[file] == root]))
+
+
+def _dicom_visits(people: _People, messages: list[str]) -> list[Visit]:
     owners: dict[str, set] = defaultdict(set)
-    for one in _images(series):
+    for one in _images(people.series):
         owners[one.series_uid].add(one.patient)
     patients: dict[str, list[Series]] = defaultdict(list)
-    for one, patient in zip(series, _identities(series, roots, messages), strict=True):
+    for one, patient in zip(people.series, _identities(people, messages), strict=True):
         patients[patient].append(one)
     visits = []
     for patient, mine in patients.items():
-        for trial, theirs in _by_trial(mine, roots).items():
+        for trial, theirs in _by_trial(mine, people.roots).items():
             if _images(theirs):
                 problem = ""
                 if any(len(owners[one.series_uid]) > 1 for one in _images(theirs)):
                     problem = "one of its series holds images of two patients (PatientID); export the patients apart"
                 elif _different_people(theirs):
-                    problem = ("under one PatientID are people of different sex or birth date; correct the headers, or "
+                    problem = ("under one PatientID are people of different sex, birth date or age, or of two "
+                               "institutions without an age that says that they are one; correct the headers, or "
                                "leave out what is not the patient's")  # fmt: skip
-                visits += _visits_of(trial, patient, theirs, roots, problem)
+                visits += _visits_of(trial, patient, theirs, people, problem)
     return visits
 
 
-def _identities(series: list[Series], roots: dict[Path, Path], messages: list[str]) -> list[str]:
-    """Whose each series is: number in the trial (0012,0040), else PatientID, else folder, else the study's UID.
-
-    The number in the trial counts for all series of a PatientID, since not every scanner or program writes it.
-    """
-    images = _images(series)
-    # One ID for all, but of people of different sex or birth date in one trial, is a dummy, however it is spelled.
-    all_one = len({one.patient for one in images}) == 1
-    all_one = all_one and any(_different_people(theirs) for theirs in _by_trial(series, roots).values())
-    known = [not all_one and not _DUMMY.fullmatch(one.patient) for one in series]
-    person = [
-        one.patient if is_known else f"study {one.study_uid}" for one, is_known in zip(series, known, strict=True)
-    ]
-    subjects: dict[str, set[str]] = defaultdict(set)
-    for one, who in zip(series, person, strict=True):
-        subject = _tag(one, "ClinicalTrialSubjectID")
-        subjects[who] |= set() if _DUMMY.fullmatch(subject) else {subject}
-    folders = [_patient_folder(one.files[0], roots[one.files[0]]) for one in series]
-    unknown = [i for i, one in enumerate(series) if one.modality in IMAGES and not (known[i] or subjects[person[i]])]
+def _identities(people: _People, messages: list[str]) -> list[str]:
+    """Whose each series is: number in the trial (0012,0040), else PatientID, else folder, else the study's UID."""
+    series = people.series
+    folders = [people.patient_folder(one)[0] for one in series]
+    unknown = [i for i, one in enumerate(series) if one.modality in IMAGES and not people.by_header[i]]
     several = len({folders[i] for i in unknown}) > 1
     if unknown:
         studies = len({series[i].study_uid for i in unknown})
@@ -181,27 +225,26 @@ def _identities(series: list[Series], roots: dict[Path, Path], messages: list[st
         )
         messages.append(f"{studies} studies have an empty PatientID or the same dummy as others: {what}")
     names = []
-    for i, who in enumerate(person):
-        if len(subjects[who]) == 1:
-            names.append(next(iter(subjects[who])))
-        elif known[i]:
+    for i, who in enumerate(people.person):
+        if len(people.subjects[who]) == 1:
+            names.append(next(iter(people.subjects[who])))
+        elif people.has_id[i]:
             names.append(series[i].patient)
         else:
             names.append((several and folders[i]) or series[i].study_uid)
     return names
 
 
-def _visits_of(trial: str, patient: str, series: list[Series], roots: dict[Path, Path], problem: str) -> list[Visit]:
+def _visits_of(trial: str, patient: str, series: list[Series], people: _People, problem: str) -> list[Visit]:
     """The visits of one patient, one a study with PET, in the order of their dates."""
     studies: dict[str, list[Series]] = defaultdict(list)
     for one in series:
         if one.modality == "PT":
             studies[one.study_uid].append(one)
     first = series[0]
-    root = roots[first.files[0]]
-    folder = _patient_folder(first.files[0], root)
-    numbers = (_tag(first, "ClinicalTrialSubjectID"), first.patient, patient, folder, _without_trial(folder))
-    names = {name for one in series for name in _names(one.files[:1], roots[one.files[0]])}
+    folder = people.patient_folder(_images(series)[0])[1]
+    numbers = (_tag(first, "ClinicalTrialSubjectID"), first.patient, patient, folder, without_trial(folder))
+    names = {name for one in series for name in _names(one.files[:1], people.roots[one.files[0]])}
     visit = Visit(trial, patient, "", str(first.files[0].parent), tuple(dict.fromkeys(filter(None, numbers))),
                   tuple(series), problem=problem, folders=tuple(names))  # fmt: skip
     if not studies:
@@ -222,7 +265,7 @@ def _visits_of(trial: str, patient: str, series: list[Series], roots: dict[Path,
     return visits
 
 
-def _by_trial(series: list[Series], roots: dict[Path, Path]) -> dict[str, list[Series]]:
+def _by_trial(series: list[Series], roots: Mapping[Path, Path]) -> dict[str, list[Series]]:
     """The series of one patient number by trial; studies that name none belong to the only trial that there is."""
     said: dict[str, str] = {}
     for one in series:
@@ -243,55 +286,49 @@ def _images(series: Iterable[Series]) -> list[Series]:
 
 
 def _different_people(series: Iterable[Series]) -> bool:
-    sexes = {_tag(one, "PatientSex").upper() for one in _images(series)} & {"M", "F"}
-    births = {_tag(one, "PatientBirthDate") for one in _images(series)} - {""}
-    return len(sexes) > 1 or len(births) > 1
+    """Whether sex, birth date or age differ, or institutions do and no age says that it is the same person."""
+    images = _images(series)
+    sexes = {_tag(one, "PatientSex").upper() for one in images} & {"M", "F"}
+    births = {_tag(one, "PatientBirthDate") for one in images} - {""}
+    if births or len(sexes) > 1:
+        return len(sexes) > 1 or len(births) > 1
+    born = [_born(one) for one in images]
+    known = [year for year in born if year is not None]
+    if known and max(known) - min(known) > AGE_TOLERANCE:
+        return True
+    images = [one for one in images if not _tag(one, "ClinicalTrialSubjectID")]  # which the trial gave to one person
+    sites = {re.sub(r"[\W_]", "", _tag(one, "InstitutionName").casefold()) for one in images} - {""}
+    return len(sites) > 1 and len(known) < len(born)
 
 
-def _nifti_visits(root: Path) -> list[Visit]:
-    """One visit for each folder with NIfTI files; files in folders such as CT and PET belong to the folder above."""
-    cases: dict[Path, dict[str, list[Path]]] = {}
-    for file in _nifti_files(root):
-        folder = file.parent
-        while folder != root and _PART.fullmatch(folder.name):
-            folder = folder.parent
-        kinds = cases.setdefault(folder, {"CT": [], "PET": [], "lesions": []})
-        kind = _kind(file.name)
-        if kind:
-            kinds[kind].append(file)
-    visits = []
-    for folder, kinds in cases.items():
-        inner = [part for part in folder.relative_to(root).parts if not _NO_PATIENT.fullmatch(part)] or [folder.name]
-        problem, files = "", {}
-        for kind, found in kinds.items():
-            better = [f for f in found if re.search("suv|ctres", f.name, re.I)]  # not PET in Bq/ml, CT as scanned
-            found = better if len(found) > 1 and better else found
-            if len(found) > 1:
-                problem = problem or f"{len(found)} NIfTI files could be the {kind}; leave one, or rename the others"
-            elif found:
-                files[kind] = found[0]
-        trial = trial_in(" ".join((root.name, *folder.relative_to(root).parts)))
-        numbers = tuple(filter(None, (inner[0], _without_trial(inner[0]))))
-        timepoint = "/".join(inner[1:])
-        if "PET" not in files:
-            problem = problem or "no NIfTI file is the PET; its name must have SUV or PET in it"
-        order = tuple((0, int(t), "") if t.isdigit() else (1, 0, t.casefold()) for t in re.split(r"(\d+)", timepoint))
-        visits.append(Visit(trial, inner[0], timepoint, str(folder), numbers, files=files, problem=problem, order=order,
-                            folders=_names((f for found in kinds.values() for f in found), root)))  # fmt: skip
-    return visits
+def _born(series: Series) -> float | None:
+    """Year of birth, to a year, by StudyDate (0008,0020) and PatientAge (0010,1010)."""
+    age, date = re.fullmatch(r"(\d{3})([YMWD])", _tag(series, "PatientAge")), parse_date(series.date)
+    if not age or not date or date.year < 1950:  # a dummy of de-identification
+        return None
+    return date.year + (date.month - 1) / 12 - int(age[1]) * YEARS[age[2]]
 
 
-def _nifti_files(root: Path) -> list[Path]:
-    """All NIfTI files below `root`, through links as well, each folder once."""
-    seen, files = set(), []
-    for path, folders, names in os.walk(root, followlinks=True):
-        real = os.path.realpath(path)
-        if real in seen:
-            folders.clear()
-        else:
-            seen.add(real)
-            files += [Path(path, n) for n in names if n.lower().endswith((".nii", ".nii.gz")) and n[0] != "."]
-    return sorted(files)
+def _nifti_visit(folder: Path, kinds: dict[str, list[Path]], folders: PatientFolders) -> Visit:
+    patient, name, timepoint = folders.split(folder)
+    patient, name = patient or folder.name, name or folder.name
+    problem, files = "", {}
+    for kind, found in kinds.items():
+        better = [f for f in found if re.search("suv|ctres", f.name, re.I)]  # not PET in Bq/ml, CT as scanned
+        found = better if len(found) > 1 and better else found
+        if len(found) > 1:
+            problem = problem or f"{len(found)} NIfTI files could be the {kind}; leave one, or rename the others"
+        elif found:
+            files[kind] = found[0]
+    if "PET" not in files:
+        problem = problem or "no NIfTI file is the PET; its name must have SUV or PET in it"
+    root = folders.root
+    trial = trial_in(" ".join((root.name, *folder.relative_to(root).parts)))
+    numbers = tuple(dict.fromkeys(filter(None, (patient, name, without_trial(name)))))
+    order = tuple((0, int(t), "") if t.isdigit() else (1, 0, t.casefold()) for t in re.split(r"(\d+)", timepoint))
+    names = _names((f for found in kinds.values() for f in found), root)
+    return Visit(trial, patient, timepoint, str(folder), numbers, files=files, problem=problem, order=order,
+                 folders=names)  # fmt: skip
 
 
 def _merge(dicom: list[Visit], nifti: list[Visit], messages: list[str]) -> list[Visit]:
@@ -318,28 +355,9 @@ def _merge(dicom: list[Visit], nifti: list[Visit], messages: list[str]) -> list[
     return visits
 
 
-def _kind(name: str) -> str | None:
-    """ "CT", "PET" or "lesions" by a file's name; pet_seg.nii.gz is lesions; what names CT and PET alike is neither."""
-    if _SEG_NAME.search(name):
-        return "lesions"
-    ct, pet = bool(_CT_NAME.search(name)), bool(_PET_NAME.search(name))
-    return None if ct == pet else "CT" if ct else "PET"
-
-
-def _patient_folder(file: Path, root: Path) -> str:
-    """The first folder below the input that can be a patient's, "" if there is none."""
-    parts = file.relative_to(root).parent.parts
-    return next((part for part in parts if not _NO_PATIENT.fullmatch(part) and not _PART.fullmatch(part)), "")
-
-
 def _names(files: Iterable[Path], root: Path) -> tuple[str, ...]:
     parts = (file.relative_to(root).parts for file in files)
     return tuple({name for *folders, last in parts for name in (*folders, last.split(".")[0])})
-
-
-def _without_trial(folder: str) -> str:
-    """The patient's number in a folder such as HD18_0012."""
-    return re.sub(r"(?:GHSG[ _-]?)?HD[ _-]?[12]\d(?![0-9])", "", folder, flags=re.I).strip(" _-")
 
 
 def _moment(series: Sequence[Series]) -> tuple:

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from functools import cached_property
 from pathlib import Path
 from time import time
@@ -16,20 +17,19 @@ import torch
 from batchgenerators.utilities.file_and_folder_operations import save_json
 from matplotlib.figure import Figure
 from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
-from torch import Tensor, nn
+from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from nnunet_fratmae.optimization import CosineSchedule, parameter_groups
+from nnunet_fratmae.stage_data import StagingStudies, WeightedCrossEntropy, class_weights
 from nnunet_fratmae.stage_metrics import stage_metrics
 from nnunet_fratmae.trainer import FratMAETrainer, prepare_plans
 from nnUNet_raw_conversion.command import UserError, nnunet_folder
 from nnUNet_raw_conversion.pictures import renamed, save_figure
 from plans.extension import find_modalities
-from plans.settings import Pretrain, WholeBody
 from plans.staging import STAGING_CONFIGURATION, Cohort, read_cohort, staging_plans
-from plans.units import PRETRAINING_UNITS
-from pretraining.data import Batches, Case, Key, View, augment, read_patch, window
+from pretraining.data import Batches, Case
 
 CURVES = ("val_accuracy", "val_macro_sensitivity", "val_auc")
 FIGURES = ("accuracy", "macro_sensitivity", "auc", "ece", "brier")
@@ -155,18 +155,22 @@ class FratMAEStagingTrainer(FratMAETrainer):
     def on_train_start(self) -> None:
         if not self.was_initialized:
             self.initialize()
-        self.print_to_log_file(*(f"{note}\n" for note in self.cohort.notes), add_timestamp=False)
+        self.print_to_log_file("\n".join(self.cohort.notes), add_timestamp=False)
         self.dataloader_train, self.dataloader_val = self.get_dataloaders()
         self.print_plans()
-        # With these two beside the folds the model's folder needs nothing else
+        # With plans and dataset.json beside the folds the model's folder needs nothing else to predict
         save_json(self.plans_manager.plans, f"{self.output_folder_base}/plans.json", sort_keys=False)
         save_json(self.dataset_json, f"{self.output_folder_base}/dataset.json", sort_keys=False)
+        fingerprint = Path(self.preprocessed_dataset_folder_base) / "dataset_fingerprint.json"
+        if fingerprint.is_file():  # nnUNetv2_export_model_to_zip wants it; without segmentations there is none
+            shutil.copy(fingerprint, self.output_folder_base)
 
     def on_train_epoch_start(self) -> None:
         super().on_train_epoch_start()
         self.dataloader_train.batch_sampler.epoch = self.current_epoch
         # Dropout as a function of seed and epoch: nothing random needs to be in a checkpoint
-        torch.manual_seed(int(np.random.SeedSequence((self.settings.staging.seed, self.current_epoch)).generate_state(1)[0]))
+        sequence = np.random.SeedSequence((self.settings.staging.seed, self.current_epoch))
+        torch.manual_seed(int(sequence.generate_state(1)[0]))
 
     def on_train_epoch_end(self, train_outputs: list[dict[str, Any]]) -> None:
         loss = float(np.mean([output["loss"] for output in train_outputs]))
@@ -178,8 +182,8 @@ class FratMAEStagingTrainer(FratMAETrainer):
         self.network.eval()
         batches = [(self.network(b["data"].to(self.device)).float(), b["target"].to(self.device)) for b in loader]
         logits, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
-        probabilities = logits.softmax(1).cpu().numpy()
-        return {"labels": labels.cpu().numpy(), "probabilities": probabilities, "loss": float(self.loss(logits, labels))}
+        loss, probabilities = float(self.loss(logits, labels)), logits.softmax(1).cpu().numpy()
+        return {"labels": labels.cpu().numpy(), "probabilities": probabilities, "loss": loss}
 
     def on_validation_epoch_end(self, val_outputs: list[dict[str, Any]]) -> None:
         (found,) = val_outputs
@@ -191,8 +195,8 @@ class FratMAEStagingTrainer(FratMAETrainer):
 
     def on_epoch_end(self) -> None:
         self.logger.log("epoch_end_timestamps", time(), self.current_epoch)
-        said = [f"{name} {self.logger.get_value(name, step=-1):.4f}" for name in ("train_losses", "val_losses", *CURVES)]
-        self.print_to_log_file(", ".join(said))
+        names = ("train_losses", "val_losses", *CURVES)
+        self.print_to_log_file(", ".join(f"{name} {self.logger.get_value(name, step=-1):.4f}" for name in names))
         if (self.current_epoch + 1) % self.save_every == 0 and self.current_epoch + 1 < self.num_epochs:
             self.save_checkpoint(f"{self.output_folder}/checkpoint_latest.pth")
         losses = self.logger.get_value("val_losses", step=None)
@@ -206,7 +210,7 @@ class FratMAEStagingTrainer(FratMAETrainer):
         """With early stopping the final weights are those of the lowest validation loss."""
         best = Path(self.output_folder) / "checkpoint_best.pth"
         if self.patience is not None and best.is_file() and not self.disable_checkpointing:
-            checkpoint = torch.load(best, map_location=self.device, weights_only=False)
+            checkpoint = torch.load(best, map_location=self.device, weights_only=True)
             self.bare_network().load_state_dict(checkpoint["network_weights"])
             self.print_to_log_file(f"weights of epoch {checkpoint['current_epoch'] - 1}, which has the lowest "
                                    "validation loss, are kept")  # fmt: skip
@@ -215,12 +219,13 @@ class FratMAEStagingTrainer(FratMAETrainer):
     def _plot_progress(self) -> None:
         """progress.png: losses and figures of the validation by epoch."""
         figure = Figure(figsize=(8, 7), layout="constrained")
-        for axes, names in zip(figure.subplots(2, 1, sharex=True), (("train_losses", "val_losses"), CURVES), strict=True):
+        upper, lower = figure.subplots(2, 1, sharex=True)
+        for axes, names in ((upper, ("train_losses", "val_losses")), (lower, CURVES)):
             for name in names:
                 values = self.logger.get_value(name, step=None)
                 axes.plot(range(len(values)), values, marker="." if len(values) < 30 else "", label=name)
             axes.legend(fontsize=8)
-        axes.set(ylim=(-0.02, 1.02), xlabel="epoch")
+        lower.set(ylim=(-0.02, 1.02), xlabel="epoch")
         save_figure(figure, Path(self.output_folder) / "progress.png")
 
     # ------------------------------------------------------------------------------------------------ the validation
@@ -252,65 +257,3 @@ class FratMAEStagingTrainer(FratMAETrainer):
                 self.logger.log_summary(f"final_val/{name}", figures[name])
         said = [f"{name} {'undefined' if figures[name] is None else format(figures[name], '.3f')}" for name in FIGURES]
         self.print_to_log_file(f"Validation of {len(found['labels'])} cases: {', '.join(said)}")
-
-
-class StagingStudies(Dataset):
-    """The central patch (2, H, W, D) of whole bodies with the number of its class, by key (epoch, index).
-
-    Validation takes the patch as it is. Training varies the phase of the slices (which of every k), mirrors left-right
-    and scales as pretraining does; the crop stays central, as the paper has it.
-    """
-
-    def __init__(
-        self, studies: list[tuple[Case, int]], whole: WholeBody, options: Pretrain | None = None, seed: int = 0
-    ) -> None:
-        """`options`: how to vary the patches; None: not at all."""
-        self.studies, self.whole, self.options, self.seed = studies, whole, options, seed
-
-    def __len__(self) -> int:
-        return len(self.studies)
-
-    def __getitem__(self, key: Key) -> dict[str, Any]:
-        epoch, index = key
-        case, label = self.studies[index]
-        if self.options is None:
-            return {"data": read_patch(case, central_window(self.whole)), "target": label}
-        generator = np.random.default_rng((self.seed, epoch, index))
-        phase, mirror = generator.random(2)
-        scale, shift = generator.standard_normal(2)
-        view = View(
-            index,
-            central_window(self.whole, phase),
-            self.options.mirror and mirror < 0.5,
-            float(np.exp(self.options.pet_scale * scale)),
-            float(self.options.ct_shift * shift / PRETRAINING_UNITS["CT"].std),
-        )
-        return {"data": augment(read_patch(case, view.window), view), "target": label}
-
-
-def central_window(whole: WholeBody, phase: float = 0.0) -> tuple[slice, slice, slice]:
-    """The middle patch of the grid (paper section 2.4: "centrally cropped"), `phase` in [0, 1)."""
-    return window(whole, (0.5, 0.5, 0.5, phase))
-
-
-class WeightedCrossEntropy(nn.Module):
-    """Mean over the batch of the weight of a case's class times its cross-entropy.
-
-    torch's weighted mean divides by the weights in the batch, so that of two studies of one class nothing is left of
-    them.
-    """
-
-    def __init__(self, weights: Tensor | None) -> None:
-        super().__init__()
-        self.register_buffer("weights", weights)
-
-    def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """logits (B, classes), labels (B,)."""
-        losses = nn.functional.cross_entropy(logits, labels, reduction="none")
-        return losses.mean() if self.weights is None else (self.weights[labels] * losses).mean()
-
-
-def class_weights(labels: list[int], classes: int) -> Tensor:
-    """(classes,) weights that are the inverse of the class's share, with mean 1 over `labels`; 0 for an absent class."""
-    counts = torch.bincount(torch.tensor(labels), minlength=classes).float()
-    return torch.where(counts > 0, len(labels) / ((counts > 0).sum() * counts.clamp_min(1)), 0.0)

@@ -14,6 +14,7 @@ from typing import Any
 
 from nnUNet_raw_conversion.command import UserError
 from plans.contract import Contract
+from plans.memory import step_memory
 from plans.settings import STACKS, Settings
 from plans.units import MODALITIES, PRETRAINING_UNITS, affine_to_units
 
@@ -25,8 +26,7 @@ PAPER_TOKEN = (8, 16, 16)  # 480 tokens for the paper's patch (DESIGN, "The meth
 # Patch and token of a stack. The axial one, as thick and as wide, is for the comparison of the paper's table 2.
 STACK_SIZES = {"coronal": (PAPER_PATCH, PAPER_TOKEN), "axial": ((160, 160, 32), (16, 16, 8))}
 MIN_TOKENS = 128  # below this a patch says too little; small studies get smaller tokens
-MAX_BATCH = 16  # the paper's, on 4 x 40 GB
-REFERENCE_BATCH = 2  # patches of the paper's size that a training step holds by default, as nnU-Net's own minimum
+MIN_BATCH, MAX_BATCH = 2, 16  # nnU-Net's and the paper's
 
 
 def extend_plans(
@@ -37,13 +37,14 @@ def extend_plans(
     A configuration that already is FratMAE's keeps its patch and batch size (rounded up to whole tokens) and gets the
     architecture of `settings` anew.
 
-    The batch size is chosen for the size of the patch; the memory of the device is not looked at.
+    Patch and batch size are chosen for the data and for `finetune.gpu_memory_target`.
 
     Returns:
         The plans and warnings for the user, one line each.
 
     Raises:
-        UserError: a configuration that is no full-resolution 3D one, or channels that are not one CT and one PET.
+        UserError: a configuration that is no full-resolution 3D one, channels that are not one CT and one PET, or a
+            network that needs more memory than the target even for the smallest patch and batch.
     """
     plans = deepcopy(plans)
     config = _resolve(plans["configurations"], configuration)
@@ -52,13 +53,14 @@ def extend_plans(
                         "cascade; use 3d_fullres")  # fmt: skip
     axes = hwd_axes(plans["transpose_forward"])
     median = tuple(int(round(config["median_image_size_in_voxels"][axis])) for axis in axes)
+    classes = count_classes(dataset_json)
     if is_fratmae(config):
         present = tuple(config["patch_size"][axis] for axis in axes)
         finetune = replace(settings.finetune, patch=None, batch_size=config["batch_size"])
-        settings = choose_sizes(replace(settings, finetune=finetune), median)
+        settings = choose_sizes(replace(settings, finetune=finetune), median, classes)
         settings = replace(settings, finetune=replace(settings.finetune, patch=cover(present, settings.token_patch)))
     else:
-        settings = choose_sizes(settings, median)
+        settings = _sizes_that_fit(settings, median, classes)
     channels, scale, shift, warnings = _channels(plans, dataset_json, config)
     if not str(plans.get("image_reader_writer", "")).endswith("WithReorient"):
         warnings.append(f"{plans.get('image_reader_writer')} does not look at the orientation of images; FratMAE takes "
@@ -121,19 +123,23 @@ def cover(shape: Sequence[int], token_patch: Sequence[int], limit: Sequence[int]
     return (h, w, d) if limit is None else (min(h, limit[0]), min(w, limit[1]), min(d, limit[2]))
 
 
-def choose_sizes(settings: Settings, median: Sequence[int]) -> Settings:
+def choose_sizes(settings: Settings, median: Sequence[int], classes: int = 2) -> Settings:
     """Settings with every size that was left open chosen for studies of `median` (H, W, D) voxels.
 
-    The paper's sizes where the data allow, smaller ones for smaller studies.
+    The paper's sizes where the data allow, smaller ones for smaller studies. For fine-tuning, the largest batch up to
+    the paper's that fits `finetune.gpu_memory_target`; where not even two patches fit, a smaller patch (of at least
+    MIN_TOKENS tokens, so it may not fit either).
     """
     whole = settings.wholebody
     axis, (largest, _) = STACKS[whole.stack], STACK_SIZES[whole.stack]
     token = settings.token_patch or _choose_token(median, whole.stack)
-    patch = settings.finetune.patch or cover(median, token, cover(largest, token))
-    batch = settings.finetune.batch_size
+    settings = replace(settings, token_patch=token)
+    patch, batch = settings.finetune.patch, settings.finetune.batch_size
+    if patch is None:
+        patch = _shrink(settings, cover(median, token, cover(largest, token)), batch or MIN_BATCH, classes)
     if batch is None:
-        fitting = round(REFERENCE_BATCH * math.prod(PAPER_PATCH) / math.prod(patch))
-        batch = min(max(fitting, REFERENCE_BATCH), MAX_BATCH)
+        fitting = (n for n in range(MAX_BATCH, MIN_BATCH, -1) if _fits(settings, patch, n, classes))
+        batch = next(fitting, MIN_BATCH)
     grid = whole.grid or cover(median, token, cover(PAPER_GRID, token))
     k = whole.k or (PAPER_K if grid[axis] >= PAPER_K * largest[axis] else 1)
     # A slab of whole tokens over the whole of the other two axes
@@ -141,10 +147,48 @@ def choose_sizes(settings: Settings, median: Sequence[int]) -> Settings:
     slab = whole.patch or tuple(max(t, min(available, limit) // t * t) for available, limit, t in room)
     return replace(
         settings,
-        token_patch=token,
         wholebody=replace(whole, grid=grid, patch=slab, k=k),
         finetune=replace(settings.finetune, patch=patch, batch_size=batch),
     )
+
+
+def count_classes(dataset_json: dict[str, Any]) -> int:
+    """Channels of the segmentation network's output, at least; labels with the background."""
+    return max(2, len(dataset_json.get("labels", ())))
+
+
+def training_memory(settings: Settings, patch: Sequence[int], batch: int, classes: int) -> float:
+    """GB of a fine-tuning step on a GPU."""
+    return step_memory(settings.sizes, settings.token_patch, patch, batch, classes)
+
+
+def _fits(settings: Settings, patch: Sequence[int], batch: int, classes: int) -> bool:
+    return training_memory(settings, patch, batch, classes) <= settings.finetune.gpu_memory_target
+
+
+def _shrink(settings: Settings, patch: Sequence[int], batch: int, classes: int) -> tuple[int, int, int]:
+    """The patch, a token shorter along its longest axis (in tokens) again and again until the batch fits."""
+    h, w, d = patch
+    while not _fits(settings, (h, w, d), batch, classes):
+        tokens = [n // t for n, t in zip((h, w, d), settings.token_patch, strict=True)]
+        longest = tokens.index(max(tokens))
+        if math.prod(tokens) * (tokens[longest] - 1) < MIN_TOKENS * tokens[longest]:
+            break
+        tokens[longest] -= 1
+        h, w, d = (n * t for n, t in zip(tokens, settings.token_patch, strict=True))
+    return h, w, d
+
+
+def _sizes_that_fit(settings: Settings, median: Sequence[int], classes: int) -> Settings:
+    """`choose_sizes`, refused if what it had to choose does not fit the memory."""
+    chosen = choose_sizes(settings, median, classes)
+    finetune = chosen.finetune
+    needed = training_memory(chosen, finetune.patch, finetune.batch_size, classes)
+    if None in (settings.finetune.patch, settings.finetune.batch_size) and needed > finetune.gpu_memory_target:
+        raise UserError(f"-preset {settings.preset}: {finetune.batch_size} patches of {finetune.patch} voxels need "
+                        f"about {needed:.1f} GB, more than finetune.gpu_memory_target={finetune.gpu_memory_target:g}; "
+                        "set it (-gpu_memory_target) to what your GPU has, or take a smaller -preset")  # fmt: skip
+    return chosen
 
 
 def _choose_token(median: Sequence[int], stack: str) -> tuple[int, int, int]:

@@ -8,9 +8,14 @@ import io
 import json
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from nnUNet_raw_conversion.command import UserError, find_dataset, nnunet_folder, run_command
+from plans.contract import read_contract
+from plans.extension import count_classes, follow_artefact, training_memory
+from plans.preprocessed import PLANS_NAME
 from plans.settings import Settings, add_arguments, override
 
 
@@ -19,15 +24,79 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="fratmae_plan_and_preprocess", description=__doc__)
     parser.add_argument("-d", nargs="+", type=int, required=True, metavar="ID", help="dataset IDs")
     parser.add_argument("-np", type=int, default=min(8, os.cpu_count() or 1), metavar="N", help="processes")
+    parser.add_argument("-pretrained", metavar="ARTEFACT", help="output folder of fratmae_pretrain (or its weights "
+                        "file) that the trainings start from; preset and token patch follow it")  # fmt: skip
+    target = Settings().finetune.gpu_memory_target
+    parser.add_argument("-gpu_memory_target", type=float, metavar="GB", help="memory that patch and batch size of the "
+                        f"fine-tuning are chosen for; on several GPUs, that of all together (default: {target:g})")
     add_arguments(parser, Settings.preset)
+    parser.set_defaults(preset=None)  # None: as planned before, if it was
     run_command(parser, _run)
 
 
 def _run(args: argparse.Namespace) -> None:
-    settings = override(Settings(preset=args.preset), args.set)
-    nnunet_folder("nnUNet_preprocessed")
-    for dataset_id in args.d:
-        plan_and_preprocess(find_dataset("nnUNet_raw", dataset_id), settings, args.np)
+    said = [*args.set]
+    for name, value in (("preset", args.preset), ("finetune.gpu_memory_target", args.gpu_memory_target)):
+        said += [f"{name}={value}"] if value is not None else []
+    override(Settings(), said)  # a mistake is found before the first of many datasets is planned
+    preprocessed = nnunet_folder("nnUNet_preprocessed")
+    for raw in [find_dataset("nnUNet_raw", dataset_id) for dataset_id in args.d]:
+        settings = planned_settings(preprocessed / raw.name / f"{PLANS_NAME}.json", said, args.pretrained)
+        plan_and_preprocess(raw, settings, args.np)
+
+
+def planned_settings(earlier: Path, said: list[str], pretrained: str | None = None) -> Settings:
+    """Settings to plan with: what the command says, else the block of `earlier` plans if they are there.
+
+    Of the sizes, those that the earlier planning chose for the data are open again, those that the user gave then or
+    edited since are kept. With a pretrained artefact, from either, preset and token patch follow it.
+
+    Args:
+        said: `key=value` assignments of the command.
+
+    Raises:
+        UserError: settings that are wrong, an artefact that cannot be used, or that has another size than was said.
+    """
+    settings = Settings()
+    if earlier.is_file():
+        settings = _reopened(json.loads(earlier.read_text()))
+        kept = ", ".join(_differences(settings.to_json(), Settings().to_json()))
+        print(f"{earlier} is there: what it sets stays unless this command says otherwise ({kept or 'nothing'}); "
+              "remove it to start afresh")  # fmt: skip
+    settings = override(settings, said)
+    if pretrained is not None:
+        settings = replace(settings, pretrained=str(Path(pretrained).expanduser().resolve()))
+    if settings.pretrained is None:
+        return settings
+    followed = follow_artefact(settings, read_contract(settings.pretrained))
+    for name in ("preset", "token_patch"):
+        wanted, there = getattr(settings, name), getattr(followed, name)
+        if wanted != there and any(assignment.startswith(f"{name}=") for assignment in said):
+            raise UserError(f"{name} {wanted}: the pretrained artefact {settings.pretrained} has {there}; leave it "
+                            "out, or plan without the artefact (--set pretrained=null)")  # fmt: skip
+    return followed
+
+
+def _reopened(plans: dict[str, Any]) -> Settings:
+    """The settings of plans, where sizes that are still as the planner chose them are open."""
+    block = plans.get("fratmae", {})
+    for key, value in plans.get("fratmae_chosen", {}).items():
+        *path, last = key.split(".")
+        part = block[path[0]] if path else block
+        if part.get(last) == value:
+            part[last] = None
+    return Settings.from_json(block)
+
+
+def _differences(block: dict[str, Any], other: dict[str, Any], prefix: str = "") -> list[str]:
+    """key=value of everything in `block` that is not so in `other`."""
+    lines: list[str] = []
+    for name, value in block.items():
+        if isinstance(value, dict):
+            lines += _differences(value, other[name], f"{prefix}{name}.")
+        elif value != other[name]:
+            lines.append(f"{prefix}{name}={value}")
+    return lines
 
 
 def plan_and_preprocess(raw: Path, settings: Settings, processes: int) -> None:
@@ -41,7 +110,6 @@ def plan_and_preprocess(raw: Path, settings: Settings, processes: int) -> None:
 
     from plans.extension import find_modalities
     from plans.planner import FratMAEPlanner, plan_unlabelled
-    from plans.preprocessed import PLANS_NAME
     from plans.wholebody import list_studies, write_store
 
     dataset_id = int(raw.name[7:10])
@@ -68,7 +136,7 @@ def plan_and_preprocess(raw: Path, settings: Settings, processes: int) -> None:
     write_store(store, studies, plans, dataset_json, processes)
     if (raw / "clinical.csv").is_file():  # beside dataset.json, which nnU-Net copies in the same way
         shutil.copyfile(raw / "clinical.csv", preprocessed / "clinical.csv")
-    _summary(preprocessed, plans, dataset_id, labelled)
+    _summary(preprocessed, plans, dataset_json, labelled)
 
 
 def _quiet() -> contextlib.AbstractContextManager:
@@ -76,15 +144,17 @@ def _quiet() -> contextlib.AbstractContextManager:
     return contextlib.redirect_stdout(io.StringIO())
 
 
-def _summary(preprocessed: Path, plans: dict, dataset_id: int, labelled: int) -> None:
-    block, fullres = plans["fratmae"], plans["configurations"]["3d_fullres"]
-    whole = block["wholebody"]
+def _summary(preprocessed: Path, plans: dict[str, Any], dataset_json: dict[str, Any], labelled: int) -> None:
+    settings, fullres = Settings.from_json(plans["fratmae"]), plans["configurations"]["3d_fullres"]
+    whole, dataset_id = settings.wholebody, int(preprocessed.name[7:10])
     print(f"{preprocessed / plans['plans_name']}.json  (axes H W D = AP, LR, SI)")
-    print(f"  preset {block['preset']}, token patch {block['token_patch']}")
-    print(f"  wholebody   grid {whole['grid']}, patch {whole['patch']}, every {whole['k']}. coronal slice")
+    print(f"  preset {settings.preset}, token patch {list(settings.token_patch)}, pretrained {settings.pretrained}")
+    print(f"  wholebody   grid {list(whole.grid)}, patch {list(whole.patch)}, every {whole.k}. coronal slice")
     if labelled:
-        print(f"  3d_fullres  patch {fullres['patch_size']}, batch size {fullres['batch_size']}, spacing "
-              f"{[round(s, 3) for s in fullres['spacing']]} mm")  # fmt: skip
+        memory = training_memory(settings, fullres["patch_size"], fullres["batch_size"], count_classes(dataset_json))
+        spacing = [round(s, 3) for s in fullres["spacing"]]
+        print(f"  3d_fullres  patch {fullres['patch_size']}, spacing {spacing} mm, batch size {fullres['batch_size']} "
+              f"(about {memory:.1f} GB)")  # fmt: skip
     print(f"next: fratmae_pretrain -d {dataset_id}")
     if labelled:
         print(f"  or: nnUNetv2_train {dataset_id} 3d_fullres 0 -tr FratMAETrainer -p {plans['plans_name']}")

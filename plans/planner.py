@@ -74,12 +74,24 @@ def finish_plans(plans: dict[str, Any], dataset_json: dict[str, Any], settings: 
         str(channel): intensity_properties(modality) for modality, channel in zip(MODALITIES, channels, strict=True)
     }
     plans, _ = extend_plans(plans, dataset_json, settings)
+    plans["fratmae_chosen"] = _chosen(settings.to_json(), plans["fratmae"])
     plans["configurations"]["wholebody"] = {
         "inherits_from": "3d_fullres",
         "data_identifier": f"{plans['plans_name']}_wholebody",
         "patch_size": plans["fratmae"]["wholebody"]["patch"],
     }
     return plans
+
+
+def _chosen(asked: dict[str, Any], planned: dict[str, Any]) -> dict[str, Any]:
+    """What was open and was chosen for the data, by dotted key; planning again chooses it anew unless it was edited."""
+    parts = {"": (asked, planned)} | {f"{name}.": (asked[name], planned[name]) for name in ("wholebody", "finetune")}
+    return {
+        prefix + key: after[key]
+        for prefix, (before, after) in parts.items()
+        for key, value in before.items()
+        if value is None and after[key] is not None
+    }
 
 
 def plan_unlabelled(

@@ -161,10 +161,12 @@ class Finetune:
     """Stage 2, lesion segmentation (paper section 2.4)."""
 
     patch: tuple[int, int, int] | None = None
-    """Voxels (H, W, D) of a training patch at native spacing; null: chosen for the data, at most 32 160 192.
+    """Voxels (H, W, D) of a training patch at native spacing; null: chosen, at most 32 160 192.
     Once planned, patch_size and batch_size of the configuration count, as everywhere in nnU-Net."""
     batch_size: int | None = None
-    """Patches of a step; null: chosen for the size of the patch."""
+    """Patches of a step; null: chosen, at most 16 as in the paper."""
+    gpu_memory_target: float = 8.0
+    """Memory (GB) that patch and batch size are chosen for; on several GPUs, that of all together."""
     epochs: int = 200
     """As nnU-Net counts them, `iterations` steps each."""
     iterations: int = 250
@@ -196,6 +198,7 @@ class Finetune:
 
     def __post_init__(self) -> None:
         require(self.batch_size is None or self.batch_size >= 1, "finetune.batch_size must be at least 1")
+        require(self.gpu_memory_target > 0, "finetune.gpu_memory_target must be above 0")
         for name in ("pet_scale", "ct_shift", "misalignment"):
             require(getattr(self, name) >= 0, f"finetune.{name} must not be negative")
         require(0 <= self.encoder_warmup_epochs <= self.epochs, "finetune.encoder_warmup_epochs must lie between 0 and "

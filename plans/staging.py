@@ -41,7 +41,7 @@ def read_labels(table: Path, target: str, cases: Collection[str]) -> tuple[list[
     """The classes, in the order of the network's outputs, and the class of each of `cases` that has one.
 
     Args:
-        target: "risk", "stage" or a column of the table; columns that clinical.csv does not know otherwise may be there.
+        target: "risk", "stage" or a column of the table, which may have more than clinical.csv knows.
 
     Raises:
         UserError: no table, no such column, or one that has no classes.

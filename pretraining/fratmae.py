@@ -77,6 +77,13 @@ class CrossAttention(nn.Module):
         self.to_key_value = nn.Linear(dim, 2 * dim)
         self.project = nn.Linear(dim, dim)
 
+    @torch.no_grad()
+    def start_aligned(self) -> None:
+        """Begin with equal projections of queries and keys, so that a token first looks at its own place in the
+        partner: CT and PET show the same body, and both carry the same position embedding."""
+        dim = self.to_query.in_features
+        self.to_key_value.weight[:dim] = self.to_query.weight
+
     def weights(self, query: Tensor, context: Tensor) -> Tensor:
         """How much each token of `query` looks at each of `context`, (B, heads, N, M), to look at."""
         q = self.to_query(query).unflatten(2, (self.num_heads, -1)).transpose(1, 2)
@@ -145,6 +152,9 @@ class Decoder(nn.Module):
         self.norm = LAYER_NORM(dim)
         self.to_voxels = nn.Linear(dim, math.prod(token_patch))
         self.apply(init_transformer)
+        for block in self.blocks:
+            if block.cross_attention is not None:
+                block.cross_attention.start_aligned()
         nn.init.normal_(self.mask_token, std=0.02)
 
     def forward(self, visible: Tensor, keep: Tensor, whole: Tensor | None) -> Tensor:

@@ -86,7 +86,8 @@ def test_spreadsheet_dialects(tmp_path, encoding, separator, newline):
         *[("sex", s, "M") for s in ("m", "Male", "männlich")],
         *[("sex", s, None) for s in ("d", "unknown", "O", "")],
         *[("stage", s, "I") for s in ("I", "IA", "IE", "1", 1, 1.0, "Stadium IA", "I A")],
-        *[("stage", s, "II") for s in ("2", "II", "iia", "IIB", "IIBE", "Stage II", "2.0", "IIAX", "Stage IIB")],
+        *[("stage", s, "II") for s in ("2", "II", "iia", "IIB", "IIBE", "Stage II", "2.0", "IIAX", "Stage IIB",
+                                       "IIB/E", "II B E", "II-B", "Stage IIb", "II (B)", "Stadium: II")],
         *[("stage", s, "III") for s in ("3", "IIIA", "IIIS", "IIIC2")],
         *[("stage", s, "IV") for s in ("4", "IVB", "IVS")],
         *[("stage", s, "early") for s in (

@@ -241,6 +241,35 @@ def test_killed_it_goes_on(raw, tmp_path, quick):
     assert all(nibabel.load(p).get_fdata().shape == SIZE for p in (dataset / "imagesTr").iterdir())
 
 
+def test_a_case_whose_process_is_killed_does_not_stop_the_others(raw, tmp_path, capsys):
+    folder = tmp_path / "in"
+    assert run(sources(folder, a="", b="kill", c="", d="kill", e=""), processes=2) == 2
+    rows = report(raw / "Dataset007_Test")
+    assert {name: row["status"] for name, row in rows.items()} == dict.fromkeys("ace", "done") | dict.fromkeys(
+        "bd", "failed"
+    )
+    assert rows["b"]["error"] == "its process was killed, most likely for want of memory; try a smaller -np"
+    assert not list(raw.rglob("b_000*"))
+    assert run(sources(folder, a="", b="", c="", d="", e="")) == 0
+
+
+def test_nothing_is_moved_if_nothing_is_to_be_done(raw, tmp_path, quick, monkeypatch):
+    studies = sources(tmp_path / "in", a="", b="")
+    run(studies)
+    before = {path: path.stat().st_mtime_ns for path in raw.rglob("*")}
+    monkeypatch.setattr(Path, "rename", None)
+    monkeypatch.setattr(os, "replace", None)
+    assert run(studies) == 0
+    assert {path: path.stat().st_mtime_ns for path in raw.rglob("*")} == before
+    monkeypatch.undo()
+    monkeypatch.setenv("nnUNet_raw", str(raw))
+    studies[0] = Study("a", clinical_record("a", age=3), "Tr", studies[0].load, studies[0].inputs)
+    assert run(studies) == 0  # a better clinical table needs no case anew
+    assert read_clinical(raw / "Dataset007_Test" / "clinical.csv")["a"].age == 3
+    assert calls(tmp_path / "in") == {"a": 1, "b": 1}
+    assert [path.name for path in raw.iterdir()] == ["Dataset007_Test"]
+
+
 def test_a_full_disk_is_one_line_and_what_is_done_is_kept(raw, tmp_path, quick, capsys):
     folder = tmp_path / "in"
     studies = sources(folder, a="", b="", c="")

@@ -22,6 +22,7 @@ from nnUNet_raw_conversion.command import UserError
 from nnUNet_raw_conversion.dicom.choose import choose_ct, choose_lesions, choose_pet
 from nnUNet_raw_conversion.dicom.index import Series, scan
 from nnUNet_raw_conversion.patients import parse_columns, read_patients, read_test_list, record_of
+from nnUNet_raw_conversion.raw_dataset import RawDataset
 from nnUNet_raw_conversion.trial import ALL, Visit, find_visits, select, trial_in
 from tests.dicom_files import PET_ORIGIN, PET_SHAPE, PET_SPACING, lesion, positions, trunk_suv, write_ct, write_pet
 from tests.trial_files import LESION, write_patient, write_rtstruct
@@ -187,6 +188,24 @@ def test_time_points_and_splits(trial):
     for fold in json.loads((trial.dataset / "splits_final.json").read_text()):
         assert {cases[c] for c in fold["train"]}.isdisjoint({cases[c] for c in fold["val"]})
         assert len(fold["train"]) + len(fold["val"]) == 4
+
+
+def test_splits_come_with_the_dataset_and_go_when_they_are_not_needed(trial, monkeypatch):
+    for date in ("20210301", "20211001"):
+        write_patient(trial.input / date, "a", date)
+    write_patient(trial.input / "b", "b")
+    there = []
+    finish = RawDataset.finish
+
+    def watched(dataset):
+        there.append((dataset.where / "splits_final.json").exists())
+        finish(dataset)
+
+    monkeypatch.setattr(RawDataset, "finish", watched)
+    trial.convert("--timepoint", "all")
+    (trial.input / "test.txt").write_text("a\n")  # its two studies are test cases now
+    trial.convert("--timepoint", "all", "--test-list", trial.input / "test.txt")
+    assert there == [True, False]
 
 
 def test_grid_and_lesion_roi(trial):
@@ -469,15 +488,7 @@ def test_dicom_seg(trial):
     images = [pydicom.dcmread(file) for file in (trial.input / "p" / "b").iterdir()]
     images.sort(key=lambda image: image.ImagePositionPatient[2])
     mask = lesion(positions(PET_SHAPE, PET_SPACING, PET_ORIGIN))
-    code = pydicom.sr.codedict.codes.SCT
-    segment = highdicom.seg.SegmentDescription(
-        1, "Lesion", code.MorphologicallyAbnormalStructure, code.Lesion, highdicom.seg.SegmentAlgorithmTypeValues.MANUAL
-    )
-    seg = highdicom.seg.Segmentation(
-        images, mask, "BINARY", [segment], pydicom.uid.generate_uid(), 9, pydicom.uid.generate_uid(), 1, "maker",
-        "model", "1", "serial",
-    )  # fmt: skip
-    seg.save_as(trial.input / "p" / "SEG1")
+    write_seg(trial.input / "p" / "SEG1", images, mask, "Lesion", "SEG", "20210305")
     trial.convert()
     np.testing.assert_array_equal(trial.voxels(f"labelsTr/{trial.case('p')}"), mask)
     assert "1 SEG drawn on the PET" in trial.report(trial.case("p"))["used"]
@@ -490,7 +501,47 @@ def test_older_versions_of_contours_are_left_out(tmp_path):
     write_rtstruct(tmp_path / "more", pet, {"spleen": LESION}, StructureSetDate="20210301")
     assert contours_of(tmp_path) == (
         ["new", "more"],
-        "2 RTSTRUCT drawn on the PET; left: 1 older with the same ROI names",
+        "2 RTSTRUCT drawn on the PET, united, the newest first: 'RTstruct', 'RTstruct'; "
+        "left: 1 older with the same ROI names",
+    )
+
+
+def test_what_is_united_is_told(trial):
+    write_patient(trial.input / "p", "p", rois={"GTV": LESION})
+    pet = next((trial.input / "p" / "b").iterdir())
+    tags = {"SeriesDescription": "Nachtrag Muster", "StructureSetDate": "20210601"}
+    write_rtstruct(trial.input / "p" / "d" / "RS2", pet, {"GTV 2": LESION}, **tags)
+    output = trial.convert()
+    assert "united, the newest first: 'Nachtrag', 'RTstruct'; take away what is an older version" in output
+
+
+def write_seg(file: Path, images: list, mask: np.ndarray, label: str, description: str, date: str) -> None:
+    """A SEG of one segment by highdicom on the slices of a series."""
+    code = pydicom.sr.codedict.codes.SCT
+    segment = highdicom.seg.SegmentDescription(
+        1, label, code.MorphologicallyAbnormalStructure, code.Lesion, highdicom.seg.SegmentAlgorithmTypeValues.MANUAL
+    )
+    seg = highdicom.seg.Segmentation(
+        images, mask, "BINARY", [segment], pydicom.uid.generate_uid(), 9, pydicom.uid.generate_uid(), 1, "maker",
+        "model", "1", "serial", series_description=description,
+    )  # fmt: skip
+    seg.ContentDate = date
+    seg.save_as(file)
+
+
+def test_older_versions_of_seg_are_left_out(tmp_path):
+    empty = dict.fromkeys(("AccessionNumber", "StudyID", "ReferringPhysicianName", "PositionReferenceIndicator"), "")
+    images = [pydicom.dcmread(file) for file in write_pet(tmp_path / "pet", **empty)]
+    mask = lesion(positions(PET_SHAPE, PET_SPACING, PET_ORIGIN))
+    for name, label, description, date in (
+        ("old", "Lesion", "reader A", "20210401"), ("new", "Lesion", "reader A", "20210501"),
+        ("b", "Lesion", "reader B", "20210301"), ("more", "Liver lesion", "reader A", "20210201"),
+    ):  # fmt: skip
+        write_seg(tmp_path / name, images, mask, label, description, date)
+    assert contours_of(tmp_path) == (
+        ["new", "b", "more"],
+        "3 SEG drawn on the PET, united, the newest first: 'reader A', 'reader B', 'reader A'; "
+        "left: 1 older with the same ROI names",
     )
 
 
@@ -509,7 +560,7 @@ def pet_only(folder: Path, patient: str, date: str = "20210304", study: str = "1
 @pytest.mark.parametrize("dummy", ["", "ANONYMOUS", "Anonym", "anonymized^", "0000", "unknown", "XXXX"])
 def test_dummy_numbers_fall_back_on_folders(tmp_path, dummy):
     for folder, study in (("Muster", "1"), ("Muster", "2"), ("Schmidt", "3")):
-        pet_only(tmp_path / "DICOM" / folder / study, dummy, study=study, date=f"2021030{study}")
+        pet_only(tmp_path / "DICOM" / folder / f"PET{study}", dummy, study=study, date=f"2021030{study}")
     visits, messages = visits_of(tmp_path)
     assert sorted((v.patient, v.timepoint) for v in visits) == [
         ("Muster", "20210301"), ("Muster", "20210302"), ("Schmidt", "20210303")]  # fmt: skip
@@ -538,7 +589,30 @@ def test_one_number_for_different_people_is_a_dummy_or_refused(tmp_path):
     assert {v.patient for v in visits_of(tmp_path)[0]} == {"a", "b"}
     pet_only(tmp_path / "c", "Y", study="3")
     visits = {v.patient: v for v in visits_of(tmp_path)[0]}
-    assert not visits["Y"].problem and "different sex or birth date" in visits["Z"].problem
+    assert not visits["Y"].problem and "different sex, birth date or age" in visits["Z"].problem
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "different"),
+    [
+        ({"PatientAge": "056Y"}, {"PatientAge": "031Y"}, True),
+        ({"PatientAge": "056Y"}, {"PatientAge": "058Y", "date": "20230301"}, False),  # a follow-up
+        ({"PatientAge": "056Y"}, {"PatientAge": "056Y", "date": "20250301"}, True),
+        ({"InstitutionName": "Klinik Köln"}, {"InstitutionName": "UK Bonn"}, True),
+        ({"InstitutionName": "Klinik Köln"}, {"InstitutionName": "KLINIK KÖLN "}, False),
+        ({"InstitutionName": "Köln", "PatientAge": "056Y"}, {"InstitutionName": "Bonn", "PatientAge": "056Y"}, False),
+        ({"InstitutionName": "Köln", "ClinicalTrialSubjectID": "HD18-7"},
+         {"InstitutionName": "Bonn", "ClinicalTrialSubjectID": "HD18-7"}, False),
+        ({"PatientAge": "056Y", "date": "19000101"}, {"PatientAge": "061Y", "date": "19000101"}, False),  # no dates
+    ],
+)  # fmt: skip
+def test_the_same_number_at_two_centres(tmp_path, one, other, different):
+    nothing = {"PatientBirthDate": None, "PatientAge": None, "SpecificCharacterSet": "ISO_IR 192"}
+    pet_only(tmp_path / "a", "0012", study="1", **nothing | one)
+    pet_only(tmp_path / "b", "0012", study="2", **nothing | other)
+    pet_only(tmp_path / "c", "0013", study="3")
+    visits = [visit for visit in visits_of(tmp_path)[0] if visit.patient != "0013"]
+    assert [("institutions" in visit.problem) for visit in visits] == [different] * 2
 
 
 def test_number_in_the_trial_is_for_all_series_of_a_patient(tmp_path):
@@ -674,12 +748,23 @@ def test_rows_are_found_by_any_number_and_trial(tmp_path):
         ("case_id,stage\nErika,II\nErika,I\n", [], "line 3: case_id: is there twice"),
         ("case_id,stage\nErika,Stadium Erika\n", [], "line 2: stage"),
         ("case_id,age\nErika,1964-11-22\n", [], "line 2: age"),
+        ("case_id,stage\n1,II\n2,Erika\n3,Erika\n", [], "line 3: stage"),  # most: another column
     ],
 )
 def test_bad_tables_are_named_without_their_cells(tmp_path, text, columns, words):
     with pytest.raises(UserError, match=words) as error:
         table(tmp_path, text, *columns)
     assert "Erika" not in str(error.value) and "1964" not in str(error.value)
+
+
+def test_one_odd_cell_is_left_empty_and_told(trial, tmp_path):
+    rows = table(tmp_path, "case_id,stage,age,sex\n1,IIB/E,34,F\n2,Erika,1964-11-22,F\n3,IV,51,x\n4,,,\n")
+    assert [(r.stage, r.age, r.sex) for r in rows.records.values()] == [
+        ("II", 34, "F"), (None, None, "F"), ("IV", 51, None), (None, None, None)]  # fmt: skip
+    write_patient(trial.input / "2", "2", rois={})
+    output = trial.convert("--clinical", tmp_path / "t.csv")
+    assert all(f"t.csv, line {words}" in output for words in ("3: stage", "3: age", "4: sex"))
+    assert "left empty" in output and "Erika" not in output and "1964" not in output
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ import pydicom
 import pytest
 from PIL import Image
 
+from nnUNet_raw_conversion import ghsg
 from tests.dicom_files import write_ct, write_pet
 from tests.test_ghsg import Trial, trial, write_nifti_case  # noqa: F401 (a fixture)
 from tests.trial_files import LESION, write_patient, write_rtstruct
@@ -141,6 +143,22 @@ def test_contours_under_another_name_do_not_show_it(trial):  # noqa: F811
     output = trial.convert()
     assert [row["name"] for row in trial.table("conversion_rois")] == ["GTV …"]
     assert_no_secret({"output": output.encode(), **written_texts(trial.raw)})
+
+
+def test_an_unexpected_error_names_nobody(secretive, monkeypatch):
+    """As from a file system that fails while its folders are looked at."""
+
+    def fail(path, *_, **__):
+        raise OSError(5, "Input/output error", str(secretive.input / "Kettler_Josephine_19521130"))
+
+    monkeypatch.setattr("nnUNet_raw_conversion.folders.os.walk", fail)
+    output = secretive.convert(fails=True)
+    assert re.search(r"unexpected OSError in nnUNet_raw_conversion/\w+(/\w+)?\.py:\d+; run again with --debug", output)
+    assert output.count("\n") == 1 and "Traceback" not in output
+    assert_no_secret({"output": output.encode()})
+    monkeypatch.setattr("sys.argv", ["x", "-i", str(secretive.input), "-d", "522", "--debug"])
+    with pytest.raises(OSError):
+        ghsg.main()
 
 
 def test_links_do_not_name_a_patient(secretive):

@@ -80,6 +80,23 @@ def test_a_moved_model_predicts_without_our_variables(trained_on_stock_plans, ph
     assert len(list((tmp_path / "out").glob("*.nii.gz"))) == 2
 
 
+def test_plans_move_to_another_dataset(phantoms, pretraining):
+    """nnU-Net's command, under another name: same block, same network; preprocessing and training work, fold all."""
+    move = "nnUNetv2_move_plans_between_datasets -s 7 -t 8 -sp FratMAEPlans -tp MovedPlans"
+    for command in ("nnUNetv2_extract_fingerprint -d 8 -np 1", move,
+                    "nnUNetv2_preprocess -d 8 -plans_name MovedPlans -c 3d_fullres -np 1"):  # fmt: skip
+        phantoms.run(command)
+    source, moved = (json.loads((phantoms.preprocessed / path).read_text())
+                     for path in ("Dataset007_Phantom/FratMAEPlans.json", "Dataset008_Phantom/MovedPlans.json"))
+    assert moved["fratmae"] == source["fratmae"] and moved["fratmae_chosen"] == source["fratmae_chosen"]
+    fullres = "3d_fullres"
+    assert moved["configurations"][fullres]["architecture"] == source["configurations"][fullres]["architecture"]
+    assert moved["configurations"]["wholebody"]["data_identifier"] == "MovedPlans_wholebody"
+    output = phantoms.run(OURS.replace(" 7 ", " 8 ").replace(" 0 ", " all ").replace("FratMAEPlans", "MovedPlans"),
+                          FRATMAE_PRETRAINED=str(pretraining))  # fmt: skip
+    assert "149 tensors loaded" in output and "Mean Validation Dice" in output
+
+
 def test_mirroring_at_test_time_is_left_right_only(trained_on_stock_plans, phantoms):
     import torch
 

@@ -1,10 +1,9 @@
 """SUV factors of PET headers, derived by hand from the definition, and the voxels of real series."""
 
-import json
 from datetime import datetime
-from pathlib import Path
 
 import numpy as np
+import openpyxl
 import pydicom
 import pytest
 import SimpleITK as sitk
@@ -13,12 +12,12 @@ from hypothesis import strategies as st
 
 from nnUNet_raw_conversion.command import UserError
 from nnUNet_raw_conversion.dicom.index import scan
-from nnUNet_raw_conversion.dicom.suv import SuvOverride, read_overrides, read_suv, suv_factors
+from nnUNet_raw_conversion.dicom.overrides import SuvOverride, read_overrides
+from nnUNet_raw_conversion.dicom.suv import read_suv, suv_factors
 from tests.dicom_files import (
     DATE,
     DOSE_BQ,
     HALF_LIFE_S,
-    NAME,
     PATIENT,
     PET_ORIGIN,
     PET_SHAPE,
@@ -29,40 +28,9 @@ from tests.dicom_files import (
     trunk_suv,
     write_pet,
 )
+from tests.suv_headers import BY_HAND, REAL, header, philips, real_headers
 
-REAL = Path(__file__).resolve().parents[2] / "shared" / "data"
 needs_real = pytest.mark.skipif(not REAL.is_dir(), reason="shared data not there")
-PHILIPS = "Philips PET Private Group"
-
-
-def header(**tags):
-    """A PET header: 70 kg, 350 MBq of F-18, injected at 12:15 and scanned from 13:15 on; None removes a field."""
-    drug = {
-        "RadionuclideTotalDose": DOSE_BQ, "RadionuclideHalfLife": HALF_LIFE_S,
-        "RadiopharmaceuticalStartTime": "121500", "RadiopharmaceuticalStartDateTime": None,
-        "RadionuclideCodeSequence": None, "Radiopharmaceutical": None,
-    }  # fmt: skip
-    top = {
-        "PatientName": NAME, "PatientID": PATIENT, "PatientWeight": WEIGHT_KG, "Units": "BQML", "Manufacturer": "X",
-        "DecayCorrection": "START", "CorrectedImage": ["ATTN", "DECY"], "SeriesDate": DATE, "SeriesTime": "131500",
-        "AcquisitionDate": DATE, "AcquisitionTime": "131500",
-    }  # fmt: skip
-    private = tags.pop("private", {})
-    drug |= {k: tags.pop(k) for k in list(tags) if k in drug}
-    dataset, item = pydicom.Dataset(), pydicom.Dataset()
-    for target, values in ((dataset, top | tags), (item, drug)):
-        for keyword, value in values.items():
-            if value is not None:
-                setattr(target, keyword, value)
-    dataset.RadiopharmaceuticalInformationSequence = [item]
-    for (group, creator, element), (vr, value) in private.items():
-        dataset.private_block(group, creator, create=True).add_new(element, vr, value)
-    return dataset
-
-
-def philips(suv=None, activity=None):
-    both = {0x00: suv, 0x09: activity}
-    return {(0x7053, PHILIPS, element): ("DS", str(value)) for element, value in both.items() if value is not None}
 
 
 def factor(seconds, weight=WEIGHT_KG, dose=DOSE_BQ, half_life=HALF_LIFE_S):
@@ -82,37 +50,6 @@ def refused(override=None, **tags):
     message = str(error.value)
     assert "\n" not in message and PATIENT not in message and "Muster" not in message
     return message
-
-
-# For each file of shared/data/suv_headers: dose left at the decay reference = dose x 2^-(t / T), factor = weight / it.
-BY_HAND = {
-    # series 12:35:15 is 5 us after the acquisition 12:34:... 12:35:14.999995; injected 11:41:00: t = 54 min 15 s.
-    "BQML_AC_DT_lessThan_S_DT_SIEMENS": 65000 / (225000000 * 2 ** -(3255 / 6586.2)),
-    # series 13:49:18 is of a later reconstruction, the scan began at 13:03:48.234; injected 12:00:37: 3791.234 s.
-    "CPS_AND_BQML_AC_DT_-_S_DT": 69000 / (388000000 * 2 ** -(3791.234 / 6586.2)),
-    # 09:56:21 - 08:45:00 = 1 h 11 min 21 s = 4281 s.
-    "GE_MEDICAL_AND_BQML": 52000 / (152022720 * 2 ** -(4281 / 6586.2001953125)),
-    # Philips: acquisition 11:01:56 (not series 11:01:55) - 10:00:58 = 1 h 0 min 58 s = 3658 s.
-    "PHILIPS_BQML": 64000 / (126000000 * 2 ** -(3658 / 6586.199707)),
-    # Philips' factor of counts to SUV, as it is.
-    "PHILIPS_CNTS_AND_BQML_SUV": 0.000551,
-    "PHILIPS_CNTS_AND_SUV": 0.000728,
-    # only a start time: 13:54:31.843 - 12:50:00 = 1 h 4 min 31.843 s = 3871.843 s.
-    "RADIOPHARM_DATETIME_UNDEFINED": 102000 / (412000000 * 2 ** -(3871.843 / 6586.2)),
-    # 10:48:29 - 08:30:45 = 2 h 17 min 44 s = 8264 s.
-    "SIEMENS": 67000 / (374000000 * 2 ** -(8264 / 6586.2)),
-}
-
-
-def real_headers(name):
-    """The headers of one file of shared/data/suv_headers."""
-    headers = []
-    for tags in json.loads((REAL / "suv_headers" / f"{name}-instances.json").read_text()):
-        own = tags.pop("PhilipsPETPrivateGroup")
-        start = tags.pop("RadiopharmaceuticalStartDateTime", None)
-        private = philips(own.get("SUVScaleFactor"), own.get("ActivityConcentrationScaleFactor"))
-        headers.append(header(**tags, RadiopharmaceuticalStartDateTime=start, private=private))
-    return headers
 
 
 @needs_real
@@ -364,11 +301,24 @@ def test_refused_override():
     assert "is 400 kg" not in refused(SuvOverride(weight_kg=401))
 
 
-@pytest.mark.parametrize("keyword", ["Units", "DecayCorrection", "PatientWeight"])
+OTHERS = {
+    "Units": "CNTS", "DecayCorrection": "ADMIN", "PatientWeight": 71, "RadionuclideTotalDose": 351e6,
+    "RadionuclideHalfLife": 6588, "RadiopharmaceuticalStartTime": "121501",
+    "RadiopharmaceuticalStartDateTime": DATE + "121501",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("keyword", OTHERS)
 def test_slices_that_contradict_each_other(keyword):
-    other = {"Units": "CNTS", "DecayCorrection": "ADMIN", "PatientWeight": 71}[keyword]
-    with pytest.raises(UserError, match=keyword):
-        suv_factors([header(), header(**{keyword: other})])
+    with pytest.raises(UserError, match=f"{keyword}.* differs between the slices"):
+        suv_factors([header(), header(), header(**{keyword: OTHERS[keyword]})])
+
+
+def test_slices_that_say_the_same_in_other_words():
+    again = header(RadionuclideTotalDose="3.5e8", RadiopharmaceuticalStartTime="121500.000")
+    np.testing.assert_allclose(suv_factors([header(), again])[0], factor(3600))
+    both = SuvOverride(dose_bq=350e6)
+    np.testing.assert_allclose(suv_factors([header(), header(RadionuclideTotalDose=1e8)], both)[0], factor(3600))
 
 
 def test_several_injections():
@@ -401,7 +351,8 @@ def test_overrides_file(tmp_path):
         ("case_id,weight_kg\nA,70\nA,71\n", "line 3: case_id is there twice"),
         ("case_id,weight_kg\nA,heavy\n", "line 2: weight_kg is not a number above 0"),
         ("case_id,weight_kg\nA,0\n", "line 2: weight_kg is not a number above 0"),
-        ("case_id,weight_kg\nA,70,5\n", "line 2: the cells do not fit the columns"),
+        ("case_id,weight_kg\nA,70,5\n", "line 2: more cells than columns"),
+        ("case_id,weight_kg\n,70\n", "line 2: case_id is empty"),
         ("case_id,dose_bq,dose_mbq\nA,1e8,100\n", "line 2: has dose_bq and dose_mbq"),
         ("case_id,injection_datetime\nA,noon\n", "line 2: injection_datetime is not like"),
     ],
@@ -415,8 +366,18 @@ def test_bad_overrides_file(tmp_path, text, message):
 
 
 def test_no_overrides_file(tmp_path):
-    with pytest.raises(UserError, match="cannot be read"):
+    with pytest.raises(UserError, match="no such file"):
         read_overrides(tmp_path / "nothing.csv")
+
+
+def test_overrides_in_a_spreadsheet(tmp_path):
+    sheet = openpyxl.Workbook()
+    for row in (["case_id", "weight_kg", "dose_mbq", "injection_datetime"],
+                ["A", 70.5, 350, datetime(2021, 3, 4, 12, 15)], ["B", "70,5", None, None]):  # fmt: skip
+        sheet.active.append(row)
+    sheet.save(tmp_path / "suv.xlsx")
+    assert read_overrides(tmp_path / "suv.xlsx") == {
+        "A": SuvOverride(70.5, 350e6, datetime(2021, 3, 4, 12, 15)), "B": SuvOverride(70.5)}  # fmt: skip
 
 
 def test_a_weight_with_a_comma_is_missing(tmp_path):

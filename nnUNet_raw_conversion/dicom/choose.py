@@ -106,10 +106,11 @@ def choose_lesions(
 ) -> tuple[list[tuple[str, Path]], str]:
     """The RTSTRUCT and SEG files that were drawn on the PET, else on one of its CTs, else in its frame of reference.
 
-    An RTSTRUCT all of whose ROI names are in a newer one is an older version of it and left out.
+    One all of whose ROI names are in newer ones is an older version of them and left out; SEG of other series
+    descriptions are no versions of each other, for their segments often have the same names ("Lesion").
 
     Returns:
-        [("RTSTRUCT" or "SEG", file), ...], the newest first, and why these.
+        [("RTSTRUCT" or "SEG", file), ...], the newest first, and why these, with the descriptions of several.
     """
     files = [
         (one, file, _references(file)) for one in series if one.modality in ("RTSTRUCT", "SEG") for file in one.files
@@ -126,16 +127,15 @@ def choose_lesions(
         found = [item for item in fitting if fits(item[0], item[2])]
         if found:
             found.sort(key=lambda item: (item[2].when, str(item[1])), reverse=True)
-            chosen, names = [], set()
-            for one, file, refers in found:
-                if not refers.roi_names or refers.roi_names - names:
-                    chosen.append((one.modality, file))
-                    names |= refers.roi_names
+            chosen = [(one, file) for one, file, refers in found if not _superseded(refers, [r for *_, r in found])]
             older, elsewhere = len(found) - len(chosen), len(fitting) - len(found)
             left = [f"{older} older with the same ROI names"] if older else []
             left += [f"{elsewhere} not {why}"] if elsewhere else []
-            kinds = " and ".join(sorted({kind for kind, _ in chosen}))
-            return chosen, f"{len(chosen)} {kinds} {why}" + (f"; left: {', '.join(left)}" if left else "")
+            kinds = " and ".join(sorted({one.modality for one, _ in chosen}))
+            labels = ", ".join(f"'{label(one)}'" for one, _ in chosen)
+            united = f", united, the newest first: {labels}" if len(chosen) > 1 else ""
+            text = f"{len(chosen)} {kinds} {why}{united}" + (f"; left: {', '.join(left)}" if left else "")
+            return [(one.modality, file) for one, file in chosen], text
     return [], "no RTSTRUCT or SEG refers to this PET or its CT"
 
 
@@ -234,7 +234,7 @@ class _References:
     frames: frozenset[str]
     when: str
     roi_names: frozenset[str]
-    """Of an RTSTRUCT; those of several SEG of a study are often the same ("Lesion") for different lesions."""
+    """Of an RTSTRUCT; of a SEG the segments' labels, with its SeriesDescription."""
 
 
 @lru_cache(maxsize=4096)
@@ -256,10 +256,18 @@ def _references(file: Path) -> _References:
     times = (
         f"{header[f'{kind}Date'].value}{header.get(f'{kind}Time', '')}" for kind in kinds if header.get(f"{kind}Date")
     )
+    names, segments = [str(roi.get("ROIName", "")) for roi in rois], header.get("SegmentSequence") or ()
+    names += [f"{header.get('SeriesDescription')}/{segment.get('SegmentLabel')}" for segment in segments]
     return _References(
         frozenset(map(str, filter(None, drawn_on))), frozenset(map(str, filter(None, frames))), next(times, ""),
-        frozenset(str(roi.get("ROIName", "")) for roi in rois),
+        frozenset(names),
     )  # fmt: skip
+
+
+def _superseded(refers: _References, all_of_them: Iterable[_References]) -> bool:
+    """Whether newer files have all its ROIs; of two of the same time, or of unknown, none is the newer one."""
+    newer = {name for other in all_of_them if other.when > refers.when > "" for name in other.roi_names}
+    return bool(refers.roi_names) and refers.roi_names <= newer
 
 
 def _same_patient(one: Series, other: Series) -> bool:

@@ -7,11 +7,7 @@ qibawiki.rsna.org, Standardized Uptake Value), with what data of Philips have ta
 
 from __future__ import annotations
 
-import csv
-import re
-from dataclasses import dataclass
 from datetime import datetime, timedelta
-from pathlib import Path
 
 import numpy as np
 import pydicom
@@ -29,6 +25,7 @@ from nnUNet_raw_conversion.dicom.fields import (
     text_of,
 )
 from nnUNet_raw_conversion.dicom.index import Series
+from nnUNet_raw_conversion.dicom.overrides import SuvOverride
 from nnUNet_raw_conversion.dicom.radionuclide import RADIONUCLIDES, radionuclide
 from nnUNet_raw_conversion.dicom.volume import read_slices
 
@@ -43,18 +40,6 @@ MBQ = (20, 1e4)
 LONGEST_WAIT = timedelta(hours=1)
 START_TIME = "RadiopharmaceuticalStartTime"
 CLOCK_ERROR = timedelta(seconds=1)
-OVERRIDE_COLUMNS = ("case_id", "weight_kg", "dose_bq", "dose_mbq", "injection_datetime", "half_life_s")
-
-
-@dataclass(frozen=True)
-class SuvOverride:
-    """What to take instead of the header; None is as the header says."""
-
-    weight_kg: float | None = None
-    dose_bq: float | None = None
-    injection: datetime | None = None
-    """In the local time of the scanner."""
-    half_life_s: float | None = None
 
 
 def read_suv(series: Series, override: SuvOverride | None = None) -> tuple[sitk.Image, list[str]]:
@@ -114,7 +99,7 @@ def suv_factors(headers: list[pydicom.Dataset], override: SuvOverride | None = N
     else:
         raise UserError(f"PET: {field_name('Units')} is {units or 'missing'}; export the PET in Bq/ml or as SUVbw")
     weight = _weight_g(header, override)
-    drug = _radiopharmaceutical(header, override)
+    drug = _radiopharmaceutical(headers, override)
     dose = _dose_bq(drug, override, notes)
     factors = scale * weight / (dose * np.exp2(-_half_lives(headers, drug, override, notes)))
     _compare_with_philips(headers, factors / scale, override, notes)
@@ -153,13 +138,25 @@ def _weight_g(header: pydicom.Dataset, override: SuvOverride) -> float:
     return 1000 * weight
 
 
-def _radiopharmaceutical(header: pydicom.Dataset, override: SuvOverride) -> pydicom.Dataset:
-    """The one item of the radiopharmaceutical's sequence, or an empty one."""
-    items = header.get("RadiopharmaceuticalInformationSequence") or [pydicom.Dataset()]
-    if len({str(item.get("RadionuclideTotalDose")) for item in items}) > 1 and override.dose_bq is None:
-        raise UserError("PET: RadiopharmaceuticalInformationSequence (0054,0016) has several injections; give dose_bq "
-                        "and injection_datetime with --suv-override")  # fmt: skip
-    return items[0]
+def _radiopharmaceutical(headers: list[pydicom.Dataset], override: SuvOverride) -> pydicom.Dataset:
+    """The one item of the radiopharmaceutical's sequence, the same in all slices, or an empty one."""
+    drugs = []
+    for header in headers:
+        items = header.get("RadiopharmaceuticalInformationSequence") or [pydicom.Dataset()]
+        if len({str(item.get("RadionuclideTotalDose")) for item in items}) > 1 and override.dose_bq is None:
+            raise UserError("PET: RadiopharmaceuticalInformationSequence (0054,0016) has several injections; give "
+                            "dose_bq and injection_datetime with --suv-override")  # fmt: skip
+        drugs.append(items[0])
+    for keyword, column, given, read in (
+        ("RadionuclideTotalDose", "dose_bq", override.dose_bq, number_of),
+        ("RadionuclideHalfLife", "half_life_s", override.half_life_s, number_of),
+        (START_TIME, "injection_datetime", override.injection, lambda drug, name: parse_time(text_of(drug, name))),
+        ("RadiopharmaceuticalStartDateTime", "injection_datetime", override.injection, text_of),
+    ):
+        if given is None and len({read(drug, keyword) for drug in drugs}) > 1:
+            raise UserError(f"PET: {field_name(keyword)} differs between the slices; export the series again, or give "
+                            f"{column} with --suv-override")  # fmt: skip
+    return drugs[0]
 
 
 def _dose_bq(drug: pydicom.Dataset, override: SuvOverride, notes: list[str]) -> float:
@@ -382,58 +379,3 @@ def _private(headers: list[pydicom.Dataset], element: int) -> np.ndarray:
 
 def _missing(keyword: str, column: str) -> str:
     return f"PET: {field_name(keyword)} is missing or 0; give {column} with --suv-override"
-
-
-def read_overrides(path: Path) -> dict[str, SuvOverride]:
-    """The rows of a csv file with columns case_id and any of weight_kg, dose_bq or dose_mbq, injection_datetime
-    (2021-03-04 12:15:00, or 20210304121500 as in DICOM) and half_life_s; empty cells are as the header says.
-
-    Raises:
-        UserError: naming file, line and column.
-    """
-    try:
-        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError):
-        raise UserError(f"{path}: cannot be read as UTF-8 text; give the path of a csv file") from None
-    delimiter = ";" if lines and ";" in lines[0] else ","
-    rows = csv.DictReader(lines, delimiter=delimiter, skipinitialspace=True)
-    names = rows.fieldnames = [name.strip().lower() for name in rows.fieldnames or []]
-    strange = [name for name in names if name not in OVERRIDE_COLUMNS or names.count(name) > 1]
-    if strange or "case_id" not in names:
-        what = f"column {strange[0]!r} is unknown or twice" if strange else "there is no column case_id"
-        raise UserError(f"{path}: {what}; the columns are {', '.join(OVERRIDE_COLUMNS)}")
-    overrides: dict[str, SuvOverride] = {}
-    for row in rows:
-        cells = {name: (value or "").strip() for name, value in row.items() if name is not None}
-        case_id = cells.pop("case_id")
-        where = f"{path}, line {rows.line_num}"
-        if None in row or (not case_id and any(cells.values())):
-            raise UserError(f"{where}: the cells do not fit the columns; mend the row")
-        if case_id in overrides:
-            raise UserError(f"{where}: case_id is there twice; keep one of the rows")
-        if case_id:
-            overrides[case_id] = _override(cells, where)
-    return overrides
-
-
-def _override(cells: dict[str, str], where: str) -> SuvOverride:
-    """One row, without case_id, as an override."""
-    values: dict[str, float] = {}
-    for name, cell in cells.items():
-        if name == "injection_datetime" or not cell:
-            continue
-        try:
-            values[name] = float(cell.replace(",", "."))
-        except ValueError:
-            values[name] = -1
-        if not 0 < values[name] < np.inf:
-            raise UserError(f"{where}: {name} is not a number above 0; correct it, or leave it empty")
-    if "dose_mbq" in values:
-        if "dose_bq" in values:
-            raise UserError(f"{where}: has dose_bq and dose_mbq; leave one of them empty")
-        values["dose_bq"] = 1e6 * values["dose_mbq"]
-    text = cells.get("injection_datetime", "")
-    injection = parse_datetime(re.sub(r"[-: T]", "", text), pydicom.Dataset())
-    if text and injection is None:
-        raise UserError(f"{where}: injection_datetime is not like 2021-03-04 12:15:00; correct it")
-    return SuvOverride(values.get("weight_kg"), values.get("dose_bq"), injection, values.get("half_life_s"))

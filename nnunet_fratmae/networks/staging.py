@@ -30,6 +30,7 @@ class StagingHead(nn.Module):
             nn.Dropout(dropout), nn.Linear(hidden, num_classes),
         )  # fmt: skip
         self.apply(init_transformer)
+        nn.init.normal_(self.mlp[-1].weight, std=0.01)  # the first guess is that all classes are alike
 
     def forward(self, summaries: Tensor) -> Tensor:
         layers = [norm(layer) for norm, layer in zip(self.norms, summaries.unbind(1), strict=True)]
@@ -42,8 +43,7 @@ class FratMAEStaging(nn.Module):
     Input (B, 2, *patch) CT and PET in pretraining units with the axes (H, W, D), output logits (B, len(classes)).
 
     Args:
-        input_channels: must be 2.
-        num_classes: nnU-Net's segmentation heads, which mean nothing here; the classes are `classes`.
+        input_channels, num_classes: nnU-Net's, of the images and of their segmentation; they mean nothing here.
         patch_size, token_patch: (H, W, D) voxels.
         embed_dim, depth, num_heads: of each encoder.
         classes: names, in the order of the logits.
@@ -65,8 +65,8 @@ class FratMAEStaging(nn.Module):
         deep_supervision: bool = False,
     ) -> None:
         super().__init__()
-        if input_channels != 2 or deep_supervision:
-            raise ValueError("staging takes one CT and one PET and has no deep supervision")
+        if deep_supervision:
+            raise ValueError("staging has no deep supervision; train it with FratMAEStagingTrainer")
         if depth % LEVELS:
             raise ValueError(f"depth {depth} is no multiple of {LEVELS}")
         self.classes = list(classes)

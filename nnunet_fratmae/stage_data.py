@@ -1,0 +1,76 @@
+"""What the classification of whole bodies is trained on: central patches with their classes, and the loss."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from plans.settings import Pretrain, WholeBody
+from plans.units import PRETRAINING_UNITS
+from pretraining.data import Case, Key, View, augment, read_patch, window
+
+
+class StagingStudies(Dataset):
+    """The central patch (2, H, W, D) of whole bodies with the number of its class, by key (epoch, index).
+
+    Validation takes the patch as it is. Training varies the phase of the slices (which of every k), mirrors left-right
+    and scales as pretraining does; the crop stays central, as the paper has it.
+    """
+
+    def __init__(
+        self, studies: list[tuple[Case, int]], whole: WholeBody, options: Pretrain | None = None, seed: int = 0
+    ) -> None:
+        """`options`: how to vary the patches; None: not at all."""
+        self.studies, self.whole, self.options, self.seed = studies, whole, options, seed
+
+    def __len__(self) -> int:
+        return len(self.studies)
+
+    def __getitem__(self, key: Key) -> dict[str, Any]:
+        epoch, index = key
+        case, label = self.studies[index]
+        if self.options is None:
+            return {"data": read_patch(case, central_window(self.whole)), "target": label}
+        generator = np.random.default_rng((self.seed, epoch, index))
+        phase, mirror = generator.random(2)
+        scale, shift = generator.standard_normal(2)
+        view = View(
+            index,
+            central_window(self.whole, phase),
+            self.options.mirror and mirror < 0.5,
+            float(np.exp(self.options.pet_scale * scale)),
+            float(self.options.ct_shift * shift / PRETRAINING_UNITS["CT"].std),
+        )
+        return {"data": augment(read_patch(case, view.window), view), "target": label}
+
+
+def central_window(whole: WholeBody, phase: float = 0.0) -> tuple[slice, slice, slice]:
+    """The middle patch of the grid (paper section 2.4: "centrally cropped"), `phase` in [0, 1)."""
+    return window(whole, (0.5, 0.5, 0.5, phase))
+
+
+class WeightedCrossEntropy(nn.Module):
+    """Mean over the batch of the weight of a case's class times its cross-entropy.
+
+    torch's weighted mean divides by the weights in the batch, so that of two studies of one class nothing is left of
+    them.
+    """
+
+    def __init__(self, weights: Tensor | None) -> None:
+        super().__init__()
+        self.register_buffer("weights", weights)
+
+    def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """logits (B, classes), labels (B,)."""
+        losses = nn.functional.cross_entropy(logits, labels, reduction="none")
+        return losses.mean() if self.weights is None else (self.weights[labels] * losses).mean()
+
+
+def class_weights(labels: list[int], classes: int) -> Tensor:
+    """(classes,) weights inverse to the class's share, with mean 1 over `labels`; 0 for a class that is absent."""
+    counts = torch.bincount(torch.tensor(labels), minlength=classes).float()
+    return torch.where(counts > 0, len(labels) / ((counts > 0).sum() * counts.clamp_min(1)), 0.0)
