@@ -21,7 +21,7 @@ from pathlib import Path
 
 import SimpleITK as sitk
 
-from nnUNet_raw_conversion.clinical import ClinicalRecord, clinical_record, read_table
+from nnUNet_raw_conversion.clinical import ClinicalRecord, clinical_record, name_patients, read_table
 from nnUNet_raw_conversion.command import UserError, run_command
 from nnUNet_raw_conversion.conversion import Loaded, Study, convert_studies
 from nnUNet_raw_conversion.geometry import read_image
@@ -255,6 +255,7 @@ def convert_autopet(args: argparse.Namespace) -> None:
     paths = args.metadata if args.metadata is not None else find_tables(args.i, folder)
     tables = {path: read_metadata(path) for path in paths}
     records = {case: describe(case, scan, tables) for case, scan in cases.items()}
+    records = name_patients(records, {case: (scan.cohort, scan.patient) for case, scan in cases.items()})
     splits = _release_splits(folder, cases)
     _print_known(list(records.values()), paths)
 

@@ -11,8 +11,9 @@ import io
 import os
 import re
 import zipfile
+from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import astuple, dataclass, fields
+from dataclasses import astuple, dataclass, fields, replace
 from pathlib import Path
 
 from nnUNet_raw_conversion.command import UserError
@@ -61,8 +62,12 @@ class ClinicalRecord:
     group is known."""
     missing: str | None = None
     """ "CT" where the study has none and its channel is filled with air."""
+    patient: str | None = None
+    """A pseudonym that all studies of a patient share; None where this is the patient's only one."""
 
 
+OPTIONAL = ("missing", "patient")
+"""Columns that are written only if a case has them."""
 COLUMNS = tuple(field.name for field in fields(ClinicalRecord))
 
 
@@ -74,6 +79,7 @@ def clinical_record(
     sex: object = None,
     stage: object = None,
     missing: object = None,
+    patient: object = None,
 ) -> ClinicalRecord:
     """A checked record from what a table or a DICOM header says, in the words of this project.
 
@@ -84,14 +90,14 @@ def clinical_record(
     if not name:
         raise UserError("case_id: is empty; every row needs the name of its case")
     return ClinicalRecord(name, _tracer(_text(tracer)), _text(diagnosis), _age(_text(age)), _sex(_text(sex)),
-                          _stage(_text(stage)), _missing(_text(missing)))  # fmt: skip
+                          _stage(_text(stage)), _missing(_text(missing)), _text(patient))  # fmt: skip
 
 
 def read_clinical(path: Path, columns: Mapping[str, str] | None = None) -> dict[str, ClinicalRecord]:
     """The records of a clinical table (.csv or .xlsx, see `read_table`) by case_id.
 
-    The columns are case_id and any of tracer, diagnosis, age, sex, stage, missing. An absent column and an empty cell
-    are unknown.
+    The columns are case_id and any of tracer, diagnosis, age, sex, stage, missing, patient. An absent column and an
+    empty cell are unknown.
 
     Args:
         columns: for a table with names of its own, our names and its: {"case_id": "PatNr", "stage": "AnnArbor"}. Other
@@ -146,7 +152,7 @@ def read_table(path: Path) -> tuple[list[str], list[tuple[int, list[object]]]]:
 
 
 def write_clinical(path: Path, records: Iterable[ClinicalRecord]) -> None:
-    """Write clinical.csv, with the column `missing` only if a case has it; the file is there whole or not at all.
+    """Write clinical.csv, with the `OPTIONAL` columns only if a case has them; it is there whole or not at all.
 
     Raises:
         UserError: a record that `read_clinical` would refuse, or a case that is there twice.
@@ -157,12 +163,12 @@ def write_clinical(path: Path, records: Iterable[ClinicalRecord]) -> None:
         if record.case_id in rows:
             raise UserError(f"{path}: case_id {record.case_id!r} is there twice; keep one of the records")
         rows[record.case_id] = astuple(record)
-    names = COLUMNS if any(row[-1] for row in rows.values()) else COLUMNS[:-1]
+    kept = [i for i, name in enumerate(COLUMNS) if name not in OPTIONAL or any(row[i] for row in rows.values())]
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(names)
+    writer.writerow(COLUMNS[i] for i in kept)
     # whole years as "61", not "61.0"; None is written as an empty cell
-    writer.writerows([int(v) if isinstance(v, float) and v.is_integer() else v for v in row[: len(names)]]
+    writer.writerows([int(v) if isinstance(v, float) and v.is_integer() else v for v in (row[i] for i in kept)]
                      for row in rows.values())  # fmt: skip
     content, path = text.getvalue().encode(), Path(path)
     if path.is_file() and path.read_bytes() == content:
@@ -170,6 +176,22 @@ def write_clinical(path: Path, records: Iterable[ClinicalRecord]) -> None:
     partial = path.with_name(f".{path.name}.partial")
     partial.write_bytes(content)
     os.replace(partial, path)
+
+
+def name_patients(records: Mapping[str, ClinicalRecord], patient_of: Mapping[str, object]) -> dict[str, ClinicalRecord]:
+    """The records by case, with `patient` set where a patient has several cases: the first of them gives the name.
+
+    Args:
+        patient_of: who a case is, in any form; it is not written.
+    """
+    first: dict[object, str] = {}
+    for case_id in records:
+        first.setdefault(patient_of[case_id], case_id)
+    count = Counter(patient_of[case_id] for case_id in records)
+    return {
+        case_id: replace(record, patient=first[patient_of[case_id]]) if count[patient_of[case_id]] > 1 else record
+        for case_id, record in records.items()
+    }
 
 
 def prompt(record: ClinicalRecord) -> str:

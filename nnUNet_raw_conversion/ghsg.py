@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from nnUNet_raw_conversion.clinical import ClinicalRecord
+from nnUNet_raw_conversion.clinical import ClinicalRecord, name_patients
 from nnUNet_raw_conversion.command import UserError, run_command
 from nnUNet_raw_conversion.conversion import Loaded, Study, convert_studies
 from nnUNet_raw_conversion.dicom.choose import choose_ct, choose_lesions, usable_cts
@@ -162,6 +162,9 @@ def convert_ghsg(args: argparse.Namespace) -> None:
         studies.append(_study(case_id, recipe, record_of(case_id, visit, row, args.diagnosis), case_id in test))
         without_row += bool(args.clinical) and row is None
         unlabelled += studies[-1].part == "Pt" and not recipe.visit.problem
+    who = {case_id: (visit.trial, visit.patient) for case_id, visit in cases.items()}
+    records = name_patients({study.case_id: study.record for study in studies}, who)
+    studies = [replace(study, record=records[study.case_id]) for study in studies]
     messages += [*more, *table.warnings]
     if unlabelled:
         messages.append(f"{unlabelled} cases without lesion contours are for pretraining only (imagesPt)")

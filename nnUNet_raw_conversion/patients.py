@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pydicom
 
-from nnUNet_raw_conversion.clinical import COLUMNS, TRACERS, ClinicalRecord, clinical_record, read_table
+from nnUNet_raw_conversion.clinical import COLUMNS, OPTIONAL, TRACERS, ClinicalRecord, clinical_record, read_table
 from nnUNet_raw_conversion.command import UserError
 from nnUNet_raw_conversion.pseudonyms import Key, same_number, scrubber
 from nnUNet_raw_conversion.trial import Visit, trial_in
 
-PATIENT_COLUMNS = (*(name for name in COLUMNS if name != "missing"), "trial")
+PATIENT_COLUMNS = (*(name for name in COLUMNS if name not in OPTIONAL), "trial")
 # Fluorodeoxyglucose F^18^ in SRT and SNOMED CT (PS3.16 CID 4021); other agents are known by the meaning of their code
 FDG_CODES = {"C-B1031", "35321007"}
 

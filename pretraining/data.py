@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from nnUNet_raw_conversion.clinical import prompt, read_clinical
+from nnUNet_raw_conversion.clinical import ClinicalRecord, prompt, read_clinical
 from nnUNet_raw_conversion.command import UserError
 from plans.extension import find_modalities
 from plans.settings import STACKS, Pretrain, WholeBody
@@ -32,6 +32,8 @@ class Case:
     name: str
     channels: tuple[int, int]
     prompt: str | None = None
+    patient: str | None = None
+    """Shared by all studies of a patient; None: this is the only one."""
 
     @property
     def dataset(self) -> str:
@@ -52,8 +54,12 @@ def list_cases(preprocessed: Path, plans: dict[str, Any], dataset_json: dict[str
         raise UserError(f"{store}: no studies there; run fratmae_plan_and_preprocess -d {dataset_id} again")
     table = preprocessed / "clinical.csv"
     records = read_clinical(table) if table.is_file() else {}
-    prompts = {case_id: prompt(record) or None for case_id, record in records.items()}
-    return [Case(f, f"{preprocessed.name}/{f.stem}", (ct, pet), prompts.get(f.stem)) for f in files]
+    cases = []
+    for file in files:
+        record = records.get(file.stem, ClinicalRecord(file.stem))
+        patient = record.patient and f"{preprocessed.name}/{record.patient}"
+        cases.append(Case(file, f"{preprocessed.name}/{file.stem}", (ct, pet), prompt(record) or None, patient))
+    return cases
 
 
 # ------------------------------------------------------------------------------------- what is drawn for one patch

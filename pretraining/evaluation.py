@@ -31,6 +31,14 @@ class HeldOut:
     baselines: dict[str, float]
     """MSE of two guesses that need no network, by metric name."""
 
+    @property
+    def strangers(self) -> list[int | None]:
+        """For each case the next one that is of another patient."""
+        who = [case.patient or case.name for case in self.cases]
+        count = len(who)
+        nexts = ([j % count for j in range(i + 1, i + count)] for i in range(count))
+        return [next((j for j in others if who[j] != who[i]), None) for i, others in enumerate(nexts)]
+
 
 def hold_out_patches(cases: list[Case], settings: Settings, token_patch: tuple[int, int, int]) -> HeldOut | None:
     """The middle patch of each case and fixed masks; None without cases."""
@@ -87,13 +95,15 @@ def evaluate(model: FratMAE, held_out: HeldOut, is_cross_modal: bool, device: to
         own, other = [], []
         for i in range(len(held_out.cases)):
             own.append(masked_mse(model, held_out, modality, i, i, device))
-            if is_cross_modal and len(held_out.cases) > 1:
-                other.append(masked_mse(model, held_out, modality, i, (i + 1) % len(held_out.cases), device))
+            stranger = held_out.strangers[i]
+            if is_cross_modal and stranger is not None:
+                other.append(masked_mse(model, held_out, modality, i, stranger, device))
         error, units = float(np.mean(own)), PRETRAINING_UNITS[modality]
         row[f"held_out_{modality}"] = error
         row[f"psnr_{modality}"] = 20 * math.log10((units.upper - units.lower) / units.std) - 10 * math.log10(error)
         if other:
-            row[f"gain_{modality}"] = 1 - error / float(np.mean(other))
+            compared = [e for e, stranger in zip(own, held_out.strangers, strict=True) if stranger is not None]
+            row[f"gain_{modality}"] = 1 - float(np.mean(compared)) / float(np.mean(other))
     return row
 
 

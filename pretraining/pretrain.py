@@ -61,9 +61,12 @@ def _run(args: argparse.Namespace) -> None:
     fabric = make_fabric(args.device, args.num_gpus, args.num_nodes, settings.pretrain.is_cross_modal)
     try:
         Pretraining(folder, settings, cases, licences, args.f, fabric, args.c).run()
-    except BaseException:
+    except BaseException as error:
         for process in getattr(fabric.strategy.launcher, "procs", []):
             process.kill()  # or it would wait for this one until NCCL gives up after half an hour
+        if isinstance(error, torch.OutOfMemoryError):
+            raise UserError("the GPU's memory is too small; lower pretrain.micro_batch_size (the batch stays as it is) "
+                            "or take a smaller -preset") from error  # fmt: skip
         raise
 
 

@@ -45,11 +45,16 @@ def learning_rate(step: int, steps: int, warmup: int, highest: float) -> float:
 
 
 def hold_out(cases: list[Case], share: float, seed: int) -> tuple[list[Case], list[Case]]:
-    """Training and held-out cases; at least one is held out where a share is asked for and there are two cases."""
-    count = min(len(cases) - 1, max(1, round(share * len(cases)))) if share > 0 else 0
-    order = np.random.default_rng(seed).permutation(len(cases))
-    held = set(order[:count].tolist())
-    return [c for i, c in enumerate(cases) if i not in held], [c for i, c in enumerate(cases) if i in held]
+    """Training and held-out cases, with no patient on both sides; at least one patient is held out where a share is
+    asked for and there are two."""
+    patients = list(dict.fromkeys(case.patient or case.name for case in cases))
+    count = min(len(patients) - 1, max(1, round(share * len(patients)))) if share > 0 else 0
+    order = np.random.default_rng(seed).permutation(len(patients))
+    held = {patients[i] for i in order[:count]}
+    sides: tuple[list[Case], list[Case]] = ([], [])
+    for case in cases:
+        sides[(case.patient or case.name) in held].append(case)
+    return sides
 
 
 def draw_masks(

@@ -9,7 +9,14 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from nnUNet_raw_conversion.clinical import ClinicalRecord, clinical_record, prompt, read_clinical, write_clinical
+from nnUNet_raw_conversion.clinical import (
+    ClinicalRecord,
+    clinical_record,
+    name_patients,
+    prompt,
+    read_clinical,
+    write_clinical,
+)
 from nnUNet_raw_conversion.command import UserError
 
 words = st.text(st.characters(exclude_categories=("C",)), max_size=20)
@@ -217,3 +224,12 @@ def test_prompt_is_the_one_of_the_paper():
 def test_pretraining_can_read_it_without_image_libraries():
     code = "import sys, nnUNet_raw_conversion.clinical; sys.exit(bool({'SimpleITK', 'torch'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_studies_of_one_patient_are_told_and_written(tmp_path):
+    records = {name: clinical_record(name) for name in ("a", "b", "c")}
+    named = name_patients(records, {"a": ("HD16", "Kettler"), "b": ("HD17", "Kettler"), "c": ("HD16", "Kettler")})
+    assert {name: record.patient for name, record in named.items()} == {"a": "a", "b": None, "c": "a"}
+    write_clinical(tmp_path / "clinical.csv", named.values())
+    assert read_clinical(tmp_path / "clinical.csv") == named
+    assert "missing" not in (tmp_path / "clinical.csv").read_text() and "Kettler" not in str(named)

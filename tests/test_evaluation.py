@@ -59,6 +59,12 @@ def test_a_network_that_ignores_the_partner_has_no_gain():
     assert "gain_CT" not in evaluate(stub, held_out(torch.randn(3, 2, *PATCH)), False, torch.device("cpu"))
 
 
+def test_the_stranger_is_another_patient():
+    cases = [Case(None, f"D/{i}", (0, 1), None, patient) for i, patient in enumerate(("D/a", "D/a", None, "D/b"))]
+    assert HeldOut(cases, None, {}, {}, {}).strangers == [2, 2, 3, 0]
+    assert HeldOut(cases[:2], None, {}, {}, {}).strangers == [None, None]
+
+
 def test_guesses_match_a_reference():
     torch.manual_seed(0)
     volumes = torch.randn(2, 1, *PATCH)

@@ -1,11 +1,14 @@
 """The method of stage 1 against plain references: masks, token order, decoder roles, loss."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pretraining.data import Case
 from pretraining.fratmae import (
     CrossAttention,
     FratMAE,
@@ -190,9 +193,16 @@ def test_norms_biases_and_tokens_have_no_weight_decay():
 
 
 def test_held_out_cases_are_disjoint_and_stable():
-    cases = [f"case{i}" for i in range(20)]
+    cases = [Case(Path(), f"D/{i}", (0, 1)) for i in range(20)]
     train, held_out = hold_out(cases, 0.1, seed=0)
-    assert len(held_out) == 2 and sorted(train + held_out) == sorted(cases)
+    assert len(held_out) == 2 and sorted(c.name for c in train + held_out) == sorted(c.name for c in cases)
     assert hold_out(cases, 0.1, seed=0) == (train, held_out)
     assert hold_out(cases, 0.0, seed=0) == (cases, [])
     assert len(hold_out(cases[:2], 0.1, seed=0)[1]) == 1
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_no_patient_is_trained_on_and_held_out(seed):
+    cases = [Case(Path(), f"D/{i}", (0, 1), patient=f"D/{i // 4}") for i in range(20)]
+    train, held_out = hold_out(cases, 0.4, seed)
+    assert len(held_out) == 8 and {c.patient for c in train}.isdisjoint(c.patient for c in held_out)
