@@ -92,7 +92,8 @@ def test_unlabelled_studies_only(phantoms, folders, monkeypatch):
     arguments += " pretrain.patches_per_case=1"
     monkeypatch.setattr(sys, "argv", ["plan", *arguments.split()])
     plan_and_preprocess.main()
-    monkeypatch.setattr(sys, "argv", ["pretrain", "-d", "3", "-m", "fratmae_notext", "-device", "cpu", "--set", "pretrain.workers=0"])
+    arguments = "-d 3 -m fratmae_notext -device cpu --set pretrain.workers=0"
+    monkeypatch.setattr(sys, "argv", ["pretrain", *arguments.split()])
     pretrain.main()
     assert list((folders / "results").glob("Dataset003_Toy/FratMAEPretraining*/encoders.safetensors"))
 
