@@ -3,8 +3,8 @@
 Two moments are the fullest: the start of the backward pass (weights, AdamW's two moments, all that the forward pass
 keeps for the gradients, and the first gradients of activations) and the optimiser step (weights, moments, gradients).
 What the forward pass keeps is counted layer by layer as networks/vit.py and networks/unetr.py compute it; a test
-compares the count with what torch keeps. What cannot be counted, TRANSIENT and the fixed part, was fitted to peaks
-measured on a CPU (benchmarks/memory_model.py).
+compares the count with what torch keeps. What cannot be counted, TRANSIENT and the fixed part on a CPU, was fitted to
+four measured peaks and checked on others (benchmarks/memory_model.py).
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from dataclasses import dataclass
 from plans.settings import Preset
 
 STEPS = 4  # of the decoder from tokens to voxels; the encoder is tapped as often
-TRANSIENT = 5.0
+TRANSIENT = 3.8
 """Activations of the decoder's width at full resolution that live only for a moment of the backward pass."""
-FIXED_GB = {"cpu": 0.1, "cuda": 1.0}
-"""Libraries' own memory, beyond Python's: threads' buffers on a CPU; context and cuDNN's workspace on a GPU."""
+FIXED_GB = {"cpu": 0.045, "cuda": 1.0}
+"""Libraries' own memory, beyond Python's: buffers on a CPU; context and cuDNN's workspace on a GPU (not measured)."""
 GB = 1e9
 
 
