@@ -53,7 +53,8 @@ def list_cases(preprocessed: Path, plans: dict[str, Any], dataset_json: dict[str
         dataset_id = int(preprocessed.name[7:10])
         raise UserError(f"{store}: no studies there; run fratmae_plan_and_preprocess -d {dataset_id} again")
     table = preprocessed / "clinical.csv"
-    records = read_clinical(table) if table.is_file() else {}
+    # With a mapping, columns that are not ours are allowed: a user may add labels for staging
+    records = read_clinical(table, {"case_id": "case_id"}) if table.is_file() else {}
     cases = []
     for file in files:
         record = records.get(file.stem, ClinicalRecord(file.stem))

@@ -80,7 +80,7 @@ def _run(args: argparse.Namespace) -> None:
     table = preprocessed / "clinical.csv"
     if not table.is_file():
         raise UserError(f"{table}: is not there; the tracers and diagnoses to choose from are taken from it")
-    records = read_clinical(table)
+    records = read_clinical(table, {"case_id": "case_id"})
     cases = list_cases(preprocessed, plans, dataset_json)
     held_out = set(state["identity"]["held_out"])
     encoder, align, tower = _networks(state, settings, args.text_weights)
