@@ -83,7 +83,7 @@ def test_a_moved_model_predicts_without_our_variables(trained_on_stock_plans, ph
 def test_plans_move_to_another_dataset(phantoms, pretraining):
     """nnU-Net's command, under another name: same block, same network; preprocessing and training work, fold all."""
     move = "nnUNetv2_move_plans_between_datasets -s 7 -t 8 -sp FratMAEPlans -tp MovedPlans"
-    for command in ("nnUNetv2_extract_fingerprint -d 8 -np 1", move,
+    for command in ("nnUNetv2_extract_fingerprint -d 8 -np 1", "nnUNetv2_plan_experiment -d 8", move,
                     "nnUNetv2_preprocess -d 8 -plans_name MovedPlans -c 3d_fullres -np 1"):  # fmt: skip
         phantoms.run(command)
     source, moved = (json.loads((phantoms.preprocessed / path).read_text())
