@@ -12,6 +12,7 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
@@ -83,6 +84,18 @@ def find_dataset(variable: str, dataset_id: int) -> Path:
         what = "no dataset" if not found else f"{len(found)} datasets"
         raise UserError(f"-d {dataset_id}: {what} with this ID in {variable}={root} (there: {known})")
     return found[0]
+
+
+@contextmanager
+def renamed(path: Path) -> Iterator[Path]:
+    """A path beside `path` to write to, which takes its place at the end."""
+    partial = path.with_name(f".partial_{path.name}")
+    try:
+        yield partial
+        os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
 
 
 def map_cases(

@@ -7,9 +7,6 @@ them; spacings are (z, y, x) in mm. There is no state shared by figures (no pypl
 from __future__ import annotations
 
 import html
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import quote
 
@@ -18,22 +15,12 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from nnUNet_raw_conversion.command import renamed
+
 LESION = (0.9, 0.1, 0.1)
 SUV_WINDOW, HU_WINDOW = (0.0, 7.0), (-200.0, 300.0)  # SUV as nuclear physicians read it; soft tissue
 CORONAL, SAGITTAL = 1, 2
 """ The axis along which such a view looks."""
-
-
-@contextmanager
-def renamed(path: Path) -> Iterator[Path]:
-    """A path beside `path` to write to, which takes its place at the end."""
-    partial = path.with_name(f".partial_{path.name}")
-    try:
-        yield partial
-        os.replace(partial, path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
 
 
 def save_figure(figure: Figure, path: Path, tight: bool = True) -> None:

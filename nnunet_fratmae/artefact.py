@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -11,10 +10,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import nn
 
-from nnunet_fratmae.networks.vit import ViTEncoder
-from nnUNet_raw_conversion.command import UserError
+from nnunet_fratmae.networks.vit import dual_encoders
+from nnUNet_raw_conversion.command import UserError, renamed
 from plans.contract import CONTRACT_NAME, WEIGHTS_NAME, Contract, expected_shapes, locate_artefact, read_contract
-from plans.units import MODALITIES
 
 NNUNET_NAME = "encoders_nnunet.pth"
 
@@ -35,9 +33,8 @@ def save_artefact(folder: Path, weights: Mapping[str, torch.Tensor], contract: C
         CONTRACT_NAME: contract.save,
     }
     for name, write in writers.items():
-        partial = folder / f".partial_{name}"
-        write(partial)
-        os.replace(partial, folder / name)
+        with renamed(folder / name) as partial:
+            write(partial)
 
 
 def check_artefact(pretrained: str | Path) -> Contract:
@@ -104,7 +101,7 @@ def load_pretrained(pretrained: str | Path, patch_size: Sequence[int] | None = N
     contract = check_artefact(pretrained)
     size = contract.patch if patch_size is None else patch_size
     try:
-        encoders = nn.ModuleDict({m: ViTEncoder(size, contract.token_patch, **contract.encoder) for m in MODALITIES})
+        encoders = dual_encoders(size, contract.token_patch, **contract.encoder)
     except ValueError as error:
         raise UserError(str(error)) from error
     load_encoders(pretrained, encoders)

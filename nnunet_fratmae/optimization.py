@@ -9,6 +9,8 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 
+from nnunet_fratmae.networks.vit import is_decayed
+
 
 def parameter_groups(
     network: nn.Module, learning_rate: float, weight_decay: float, layer_decay: float
@@ -29,10 +31,10 @@ def parameter_groups(
             _, modality, part, *rest = name.split(".")
             layer = {"norm": depth[modality] + 1, "blocks": int(rest[0]) + 1 if part == "blocks" else 0}.get(part, 0)
             below = depth[modality] + 1 - layer if layer_decay < 1 else 0
-        is_decayed = parameter.ndim > 1 and not name.endswith("_token")
-        group = groups.setdefault((is_encoder, below, not is_decayed), {
+        decayed = is_decayed(name, parameter)
+        group = groups.setdefault((is_encoder, below, not decayed), {
             "params": [], "lr": learning_rate * layer_decay**below, "is_encoder": is_encoder,
-            "weight_decay": weight_decay if is_decayed else 0.0,
+            "weight_decay": weight_decay if decayed else 0.0,
         })  # fmt: skip
         group["params"].append(parameter)
     return [groups[key] for key in sorted(groups)]

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from nnUNet_raw_conversion.command import UserError, run_command
+from nnUNet_raw_conversion.command import UserError, renamed, run_command
 from plans.extension import find_modalities
 from plans.settings import STACKS, Settings
 from plans.staging import NETWORK, STAGING_CONFIGURATION
@@ -52,7 +52,6 @@ def _run(args: argparse.Namespace) -> None:
     import torch  # here and not above: it takes seconds, and an error above should not
     from tqdm import tqdm
 
-    from nnUNet_raw_conversion.pictures import renamed
     from plans.wholebody import read_study
 
     if args.device == "cuda" and not torch.cuda.is_available():

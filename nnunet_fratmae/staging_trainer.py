@@ -25,8 +25,8 @@ from nnunet_fratmae.optimization import CosineSchedule, parameter_groups
 from nnunet_fratmae.stage_data import StagingStudies, WeightedCrossEntropy, class_weights
 from nnunet_fratmae.stage_metrics import stage_metrics
 from nnunet_fratmae.trainer import FratMAETrainer, prepare_plans
-from nnUNet_raw_conversion.command import UserError, nnunet_folder
-from nnUNet_raw_conversion.pictures import renamed, save_figure
+from nnUNet_raw_conversion.command import UserError, nnunet_folder, renamed
+from nnUNet_raw_conversion.pictures import save_figure
 from plans.extension import find_modalities
 from plans.staging import STAGING_CONFIGURATION, Cohort, read_cohort, staging_plans
 from pretraining.data import Batches, Case

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
-from nnUNet_raw_conversion.command import UserError
+from nnUNet_raw_conversion.command import UserError, renamed
 
 PLANS_NAME = "FratMAEPlans"
 
@@ -43,9 +42,9 @@ def validation_cases(preprocessed: Path, plans: dict[str, Any], fold: int) -> se
             return set()
         if len(cases) < 5:
             raise UserError(f"-f {fold}: {preprocessed.name} has {len(cases)} labelled cases, too few for 5 folds")
-        partial = path.with_name(".partial_splits_final.json")
-        partial.write_text(json.dumps(generate_crossval_split(cases, seed=12345, n_splits=5), indent=4, default=str))
-        os.replace(partial, path)
+        splits = generate_crossval_split(cases, seed=12345, n_splits=5)
+        with renamed(path) as partial:
+            partial.write_text(json.dumps(splits, indent=4, default=str))
     splits = json.loads(path.read_text())
     if not 0 <= fold < len(splits):
         raise UserError(f"-f {fold}: {path} has folds 0 to {len(splits) - 1}")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Collection, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
@@ -11,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from nnUNet_raw_conversion.clinical import COLUMNS, UNKNOWN, read_clinical, read_table
-from nnUNet_raw_conversion.command import UserError
+from nnUNet_raw_conversion.command import UserError, renamed
 from nnUNet_raw_conversion.splits import make_splits
 from plans.extension import hwd_axes
 from plans.preprocessed import validation_cases
@@ -135,10 +134,8 @@ def _cases(folder: Path) -> set[str]:
 
 def _write_split(preprocessed: Path, labels: Mapping[str, str]) -> None:
     folds = make_splits({case: case for case in labels}, labels)
-    path = preprocessed / "splits_final.json"
-    partial = path.with_name(".partial_splits_final.json")
-    partial.write_text(json.dumps(folds, indent=4))
-    os.replace(partial, path)
+    with renamed(preprocessed / "splits_final.json") as partial:
+        partial.write_text(json.dumps(folds, indent=4))
 
 
 def staging_plans(plans: dict[str, Any], classes: list[str]) -> dict[str, Any]:

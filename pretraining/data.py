@@ -18,7 +18,7 @@ from nnUNet_raw_conversion.clinical import ClinicalRecord, prompt, read_clinical
 from nnUNet_raw_conversion.command import UserError
 from plans.extension import find_modalities
 from plans.settings import STACKS, Pretrain, WholeBody
-from plans.units import PRETRAINING_UNITS
+from plans.units import PRETRAINING_UNITS, shift_above_air
 
 Key = tuple[int, int]
 """(epoch, index): everything random about a sample is a function of the seed and this key."""
@@ -124,7 +124,7 @@ def augment(patch: Tensor, view: View) -> Tensor:
     if view.mirrored:
         patch = patch.flip(2)
     patch[1] *= view.pet_factor
-    patch[0] = torch.where(patch[0] > 0, (patch[0] + view.ct_offset).clamp_min(0), patch[0])
+    patch[0] = shift_above_air(patch[0], view.ct_offset)
     return patch
 
 

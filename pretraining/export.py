@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from nnUNet_raw_conversion.command import UserError, run_command
+from nnUNet_raw_conversion.command import UserError, renamed, run_command
 from pretraining.checkpoint import LATEST
 
 ALIGN_NAME, CARD_NAME = "context_align.safetensors", "model_card.md"
@@ -30,9 +29,8 @@ def export(state: Mapping[str, Any], folder: Path) -> None:
         files[ALIGN_NAME] = save(aligned)
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in files.items():
-        partial = folder / f".partial_{name}"
-        partial.write_bytes(content)
-        os.replace(partial, folder / name)
+        with renamed(folder / name) as partial:
+            partial.write_bytes(content)
     start = "fratmae.encoders."
     save_artefact(folder, {k.removeprefix(start): v for k, v in weights.items() if k.startswith(start)}, contract)
 

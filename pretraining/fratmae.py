@@ -24,7 +24,7 @@ from timm.models.vision_transformer import Attention
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
-from nnunet_fratmae.networks.vit import LAYER_NORM, ViTEncoder, init_transformer, sincos_positions, token_grid
+from nnunet_fratmae.networks.vit import LAYER_NORM, dual_encoders, init_transformer, sincos_positions, token_grid
 from plans.units import MODALITIES
 
 if TYPE_CHECKING:  # open_clip takes seconds to import, and two of the four arms do without it
@@ -192,7 +192,7 @@ class FratMAE(nn.Module):
         super().__init__()
         self.token_patch = tuple(token_patch)
         self.grid = token_grid(patch_size, token_patch)
-        self.encoders = nn.ModuleDict({m: ViTEncoder(patch_size, token_patch, **encoder) for m in MODALITIES})
+        self.encoders = dual_encoders(patch_size, token_patch, **encoder)
         self.decoders = nn.ModuleDict(
             {m: Decoder(self.grid, token_patch, encoder["embed_dim"], **decoder) for m in MODALITIES}
         )

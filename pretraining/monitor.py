@@ -12,6 +12,7 @@ import torch
 from lightning_fabric import Fabric
 from torch import Tensor, nn
 
+from nnUNet_raw_conversion.command import renamed
 from plans.settings import STACKS, Settings
 from plans.units import MODALITIES
 from pretraining.data import Case
@@ -77,9 +78,8 @@ class Monitor:
         if held_out:
             row |= held_out.baselines
         lines = "".join(json.dumps(r) + "\n" for r in history)
-        partial = self.folder / ".partial_metrics.jsonl"
-        partial.write_text(lines)
-        os.replace(partial, self.folder / "metrics.jsonl")
+        with renamed(self.folder / "metrics.jsonl") as partial:
+            partial.write_text(lines)
         plot_progress(history, self.folder / "progress.png")
         for name, value in row.items():
             if isinstance(value, float):

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from nnunet_fratmae.networks.vit import is_decayed
 from nnUNet_raw_conversion.command import UserError
 from plans.settings import Pretrain, Settings
 from plans.units import MODALITIES
@@ -33,7 +34,7 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     """Weight decay for matrices and kernels; none for biases, norms, the CLS token and the mask tokens."""
     decayed, free = [], []
     for name, parameter in model.named_parameters():
-        (free if parameter.ndim < 2 or name.endswith("_token") else decayed).append(parameter)
+        (decayed if is_decayed(name, parameter) else free).append(parameter)
     return [{"params": decayed, "weight_decay": weight_decay}, {"params": free, "weight_decay": 0.0}]
 
 

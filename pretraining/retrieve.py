@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import os
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from torch.nn.functional import normalize
 from tqdm import tqdm
 
 from nnUNet_raw_conversion.clinical import ClinicalRecord, prompt, read_clinical
-from nnUNet_raw_conversion.command import UserError, find_dataset, run_command
+from nnUNet_raw_conversion.command import UserError, find_dataset, renamed, run_command
 from plans.preprocessed import load_plans
 from plans.settings import Settings
 from pretraining.checkpoint import LATEST, load
@@ -133,15 +132,13 @@ def _rows(names: list[str], held_out: list[bool], records: dict, columns: dict) 
 
 
 def _write(path: Path, rows: list[dict[str, str]]) -> None:
-    partial = path.with_name(f".partial_{path.name}")
     try:
-        with partial.open("w", newline="") as file:
+        with renamed(path) as partial, partial.open("w", newline="") as file:
             writer = csv.DictWriter(file, rows[0])
             writer.writeheader()
             writer.writerows(rows)
     except OSError as error:
         raise UserError(f"-o {path}: cannot be written ({error.strerror})") from None
-    os.replace(partial, path)
 
 
 def _summary(rows: list[dict[str, str]], columns: dict) -> None:

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from nnunet_fratmae.networks.unetr import LEVELS
-from nnunet_fratmae.networks.vit import LAYER_NORM, ViTEncoder, init_transformer
+from nnunet_fratmae.networks.unetr import LEVELS, tap_layers
+from nnunet_fratmae.networks.vit import LAYER_NORM, dual_encoders, init_transformer
 
 
 def summarise(tokens: Sequence[Tensor]) -> Tensor:
@@ -67,13 +67,9 @@ class FratMAEStaging(nn.Module):
         super().__init__()
         if deep_supervision:
             raise ValueError("staging has no deep supervision; train it with FratMAEStagingTrainer")
-        if depth % LEVELS:
-            raise ValueError(f"depth {depth} is no multiple of {LEVELS}")
         self.classes = list(classes)
-        self.layers = [depth * (level + 1) // LEVELS for level in range(LEVELS)]
-        self.encoders = nn.ModuleDict(
-            {name: ViTEncoder(patch_size, token_patch, embed_dim, depth, num_heads) for name in ("CT", "PET")}
-        )
+        self.layers = tap_layers(depth)
+        self.encoders = dual_encoders(patch_size, token_patch, embed_dim, depth, num_heads)
         head = StagingHead(LEVELS, 4 * embed_dim, embed_dim, len(self.classes), dropout)
         # Stock `nnUNetv2_train -pretrained_weights` skips keys with ".seg_layers." and wants all others in the file
         self.head = nn.ModuleDict({"seg_layers": head})

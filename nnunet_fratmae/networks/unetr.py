@@ -12,7 +12,7 @@ import torch
 from dynamic_network_architectures.building_blocks.residual import BasicBlockD
 from torch import Tensor, nn
 
-from nnunet_fratmae.networks.vit import ViTEncoder
+from nnunet_fratmae.networks.vit import dual_encoders
 
 LEVELS = 4  # UNETR taps the encoder four times; the decoder has as many upsampling steps
 
@@ -82,6 +82,17 @@ class UNETRDecoder(nn.Module):
         return self.head(x)
 
 
+def tap_layers(depth: int) -> list[int]:
+    """The encoder layers (counted from 1) that stage 2 looks at: 3, 6, 9 and 12 of ViT-B (paper section 2.4).
+
+    Raises:
+        ValueError: they would not be evenly spread.
+    """
+    if depth % LEVELS:
+        raise ValueError(f"depth {depth} is no multiple of {LEVELS}")
+    return [depth * (level + 1) // LEVELS for level in range(LEVELS)]
+
+
 class FratMAEUNETR(nn.Module):
     """The segmentation network that plans.json names; stock `get_network_from_plans` builds it from plain JSON.
 
@@ -121,17 +132,13 @@ class FratMAEUNETR(nn.Module):
             raise ValueError(f"axes {list(axes)} is no permutation of 0, 1, 2")
         if len(set(modalities)) != 2 or not all(0 <= m < input_channels for m in modalities):
             raise ValueError(f"modalities {list(modalities)} do not name two of {input_channels} input channels")
-        if depth % LEVELS:
-            raise ValueError(f"depth {depth} is no multiple of {LEVELS}")
         if deep_supervision:
             raise ValueError("UNETR has no deep supervision; train it with FratMAETrainer")
         self.modalities, self.axes = list(modalities), list(axes)
-        self.tap_layers = [depth * (level + 1) // LEVELS for level in range(LEVELS)]
+        self.tap_layers = tap_layers(depth)
         self.register_buffer("scale", torch.tensor(scale).view(1, 2, 1, 1, 1), persistent=False)
         self.register_buffer("shift", torch.tensor(shift).view(1, 2, 1, 1, 1), persistent=False)
-        self.encoders = nn.ModuleDict(
-            {name: ViTEncoder(patch_size, token_patch, embed_dim, depth, num_heads) for name in ("CT", "PET")}
-        )
+        self.encoders = dual_encoders(patch_size, token_patch, embed_dim, depth, num_heads)
         # Stock `nnUNetv2_train -pretrained_weights` skips keys with ".seg_layers." and wants all others in the file.
         # All that is not pretrained lives under that name, so an export with the encoders alone is enough for it.
         decoder = UNETRDecoder(2, 2 * embed_dim, token_patch, features, num_classes)

@@ -94,3 +94,17 @@ class ViTEncoder(nn.Module):
     def feature_maps(self, volume: Tensor, layers: Sequence[int]) -> list[Tensor]:
         """Outputs of the blocks `layers` (counted from 1) as maps (B, dim, h, w, d); the last block's is normalised."""
         return [t[:, 1:].transpose(1, 2).unflatten(2, self.grid) for t in self.layer_tokens(volume, layers)]
+
+
+def dual_encoders(
+    patch_size: Sequence[int], token_patch: Sequence[int], embed_dim: int, depth: int, num_heads: int
+) -> nn.ModuleDict:
+    """One encoder for CT and one for PET (paper section 2.1), alike but for their weights."""
+    return nn.ModuleDict(
+        {name: ViTEncoder(patch_size, token_patch, embed_dim, depth, num_heads) for name in ("CT", "PET")}
+    )
+
+
+def is_decayed(name: str, parameter: nn.Parameter) -> bool:
+    """Whether weight decay is for this parameter: matrices and kernels, not biases, norms, CLS and mask tokens."""
+    return parameter.ndim > 1 and not name.endswith("_token")
