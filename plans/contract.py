@@ -12,7 +12,7 @@ from plans.settings import PRESETS, TOKEN_SIDES
 from plans.units import units_contract
 
 WEIGHTS_NAME, CONTRACT_NAME = "encoders.safetensors", "encoders.json"
-FORMAT = "fratmae-encoders-1"
+FORMAT = "fratmae-encoders-2"  # 1 had other position embeddings
 AXES = "H W D = to anterior, to the right, to the head"  # as nnU-Net's SimpleITKIOWithReorient reads
 
 

@@ -1,5 +1,6 @@
 """The networks: token order, position embedding, axes and units of the segmentation network, no idle parameter."""
 
+import math
 import pydoc
 
 import numpy as np
@@ -36,7 +37,7 @@ def test_positions_match_a_reference_loop():
             for d in range(4):
                 for axis, position in enumerate((h, w, d)):
                     for i in range(3):
-                        angle = position * 10000 ** (-i / 3)
+                        angle = position * 2 * math.pi / (2.5 * 20 ** (i / 3))
                         expected[(h * 3 + w) * 4 + d, axis * 6 + i] = np.sin(angle)
                         expected[(h * 3 + w) * 4 + d, axis * 6 + 3 + i] = np.cos(angle)
     np.testing.assert_allclose(sincos_positions(grid, dim).numpy(), expected, atol=1e-6)

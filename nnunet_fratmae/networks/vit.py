@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import partial
 
@@ -9,7 +10,11 @@ import torch
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
+from plans.units import MODALITIES
+
 LAYER_NORM = partial(nn.LayerNorm, eps=1e-6)
+SHORTEST_WAVE, LONGEST_WAVE = 2.5, 50.0
+"""Tokens; changing them changes the function that pretrained weights are (plans/contract.py, FORMAT)."""
 
 
 def token_grid(patch_size: Sequence[int], token_patch: Sequence[int]) -> tuple[int, int, int]:
@@ -27,13 +32,15 @@ def token_grid(patch_size: Sequence[int], token_patch: Sequence[int]) -> tuple[i
 def sincos_positions(grid: Sequence[int], dim: int) -> Tensor:
     """Fixed sine-cosine position embedding of a 3D token grid, (h*w*d, dim), tokens in row-major (H, W, D) order.
 
-    Each axis takes a third of the channels, half of them sines and half cosines, with frequencies 10000^(-i/n) as in
-    the 2D embedding of the MAE of He et al. (paper reference 8). Channels left over by the thirds stay zero.
+    Each axis takes a third of the channels, half of them sines and half cosines, as the 2D embedding of the MAE of He
+    et al. (paper reference 8) does with two axes, but with waves as long as whole-body grids are (SHORTEST_WAVE to
+    LONGEST_WAVE tokens): in waves of 6 to 60,000 tokens, which language models have, neighbouring tokens look alike,
+    and cross-attention does not find the place (docs/decisions.md). Channels left over by the thirds stay zero.
     """
     n = dim // 6
-    frequencies = 10000.0 ** (-torch.arange(n, dtype=torch.float64) / n)
+    waves = SHORTEST_WAVE * (LONGEST_WAVE / SHORTEST_WAVE) ** (torch.arange(n, dtype=torch.float64) / n)
     axes = torch.meshgrid(*(torch.arange(length, dtype=torch.float64) for length in grid), indexing="ij")
-    angles = [axis.reshape(-1, 1) * frequencies for axis in axes]
+    angles = [2 * math.pi * axis.reshape(-1, 1) / waves for axis in axes]
     positions = torch.cat([function(angle) for angle in angles for function in (torch.sin, torch.cos)], dim=1)
     return nn.functional.pad(positions, (0, dim - 6 * n)).float()
 
@@ -68,12 +75,16 @@ class ViTEncoder(nn.Module):
         nn.init.xavier_uniform_(self.patch_embed.weight.view(embed_dim, -1))  # a linear layer in disguise
         nn.init.normal_(self.cls_token, std=0.02)
 
-    def embed(self, volume: Tensor, keep: Tensor | None = None) -> Tensor:
-        """Linear tokens with position, (B, 1, H, W, D) -> (B, 1 + N, dim), or with only the tokens `keep` (B, n)."""
-        x = self.patch_embed(volume).flatten(2).transpose(1, 2) + self.positions
+    def embed(self, volume: Tensor, keep: Tensor | None = None, positions: Tensor | None = None) -> Tensor:
+        """Linear tokens with position, (B, 1, H, W, D) -> (B, 1 + N, dim), or with only the tokens `keep` (B, n).
+
+        `positions` (N, dim) is the embedding of a volume of another size than the encoder's own.
+        """
+        x = self.patch_embed(volume).flatten(2).transpose(1, 2) + (self.positions if positions is None else positions)
         if keep is not None:  # masked tokens are dropped before the encoder, as in MAE
             x = x.gather(1, keep.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
-        return torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1)
+        # Flattened, so that its gradient has the strides that DDP's buckets expect with one patch a process
+        return torch.cat([self.cls_token.flatten().expand(len(x), 1, -1), x], dim=1)
 
     def forward(self, volume: Tensor, keep: Tensor | None = None) -> Tensor:
         """Normalised output of the last block, (B, 1 + N, dim) or (B, 1 + n, dim) where `keep` (B, n) is given."""
@@ -82,9 +93,11 @@ class ViTEncoder(nn.Module):
             x = block(x)
         return self.norm(x)
 
-    def layer_tokens(self, volume: Tensor, layers: Sequence[int]) -> list[Tensor]:
+    def layer_tokens(
+        self, volume: Tensor, layers: Sequence[int], positions: Tensor | None = None
+    ) -> list[Tensor]:
         """Outputs of the blocks `layers` (counted from 1), (B, 1 + N, dim) each; the last block's is normalised."""
-        x, outputs = self.embed(volume), []
+        x, outputs = self.embed(volume, positions=positions), []
         for number, block in enumerate(self.blocks, start=1):
             x = block(x)
             if number in layers:
@@ -97,11 +110,16 @@ class ViTEncoder(nn.Module):
 
 
 def dual_encoders(
-    patch_size: Sequence[int], token_patch: Sequence[int], embed_dim: int, depth: int, num_heads: int
+    patch_size: Sequence[int],
+    token_patch: Sequence[int],
+    embed_dim: int,
+    depth: int,
+    num_heads: int,
+    modalities: Sequence[str] = MODALITIES,
 ) -> nn.ModuleDict:
-    """One encoder for CT and one for PET (paper section 2.1), alike but for their weights."""
+    """One encoder for CT and one for PET (paper section 2.1), or one of them alone; alike but for their weights."""
     return nn.ModuleDict(
-        {name: ViTEncoder(patch_size, token_patch, embed_dim, depth, num_heads) for name in ("CT", "PET")}
+        {name: ViTEncoder(patch_size, token_patch, embed_dim, depth, num_heads) for name in modalities}
     )
 
 
