@@ -86,6 +86,14 @@ def find_dataset(variable: str, dataset_id: int) -> Path:
     return found[0]
 
 
+def check_device(device: str) -> None:
+    """Raises UserError where `-device` is "cuda" and torch finds no GPU."""
+    import torch  # it takes seconds, and most commands do without
+
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("-device cuda: no GPU can be used here; say -device cpu")
+
+
 @contextmanager
 def renamed(path: Path) -> Iterator[Path]:
     """A path beside `path` to write to, which takes its place at the end."""

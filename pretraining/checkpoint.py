@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,11 @@ import torch
 from nnUNet_raw_conversion.command import UserError
 
 LATEST, PREVIOUS, BEST = "checkpoint_latest.pth", "checkpoint_previous.pth", "checkpoint_best.pth"
-UNREADABLE = (RuntimeError, pickle.UnpicklingError, EOFError, OSError, ValueError)
+UNREADABLE = (RuntimeError, pickle.UnpicklingError, EOFError, OSError, ValueError, zipfile.BadZipFile)
 
 
 def save(state: dict[str, Any], path: Path) -> None:
-    """Write `state` to `path`; what was there stays until the new file was read back.
+    """Write `state` to `path`; what was there stays until every byte of the new file was read back.
 
     The last one but one of the latest checkpoint is kept as well.
 
@@ -29,12 +30,14 @@ def save(state: dict[str, Any], path: Path) -> None:
             torch.save(state, file)
             file.flush()
             os.fsync(file.fileno())
+        _verify(partial)
         torch.load(partial, map_location="cpu", weights_only=True, mmap=True)
     except UNREADABLE as error:
         partial.unlink(missing_ok=True)
         reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{path}: cannot be written ({reason}); is the disk full? The last checkpoint is whole: make "
-                        "room and go on with --c") from error  # fmt: skip
+        is_there = (path.parent / LATEST).is_file()
+        way_out = "The last checkpoint is whole: make room and go on with --c" if is_there else "Make room; start again"
+        raise UserError(f"{path}: cannot be written ({reason}); is the disk full? {way_out}") from error
     if path.name == LATEST and path.is_file():
         os.replace(path, path.with_name(PREVIOUS))
     os.replace(partial, path)
@@ -47,6 +50,7 @@ def load(path: Path) -> dict[str, Any]:
         UserError: it cannot be read.
     """
     try:
+        _verify(path)
         return torch.load(path, map_location="cpu", weights_only=True)
     except UNREADABLE as error:
         reason = type(error).__name__
@@ -68,3 +72,18 @@ def load_latest(folder: Path) -> dict[str, Any]:
         except UserError as error:
             print(f"warning: {error}")
     raise UserError(f"--c: no checkpoint in {folder} can be read; start again with another folder (-o)")
+
+
+def _verify(path: Path) -> None:
+    """Read all of a checkpoint and compare the checksums (CRC-32) that torch.save wrote; torch.load does not.
+
+    Raises:
+        OSError, zipfile.BadZipFile: it is not what was written.
+    """
+    with path.open("rb") as file:
+        if hasattr(os, "posix_fadvise"):  # so that the disk answers, not the memory that has just written it
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        with zipfile.ZipFile(file) as archive:
+            damaged = archive.testzip()
+    if damaged is not None:
+        raise OSError(f"{damaged} does not read back as it was written")

@@ -44,10 +44,10 @@ def list_cases(preprocessed: Path, plans: dict[str, Any], dataset_json: dict[str
     """All studies in the grid store of a preprocessed dataset, by name, with their prompts from clinical.csv.
 
     Raises:
-        UserError: the store is missing or empty, or clinical.csv is wrong.
+        UserError: CT or PET or the store is missing or empty, or clinical.csv is wrong.
     """
-    store = preprocessed / plans["configurations"]["wholebody"]["data_identifier"]
     ct, pet = find_modalities(dataset_json)
+    store = preprocessed / plans["configurations"]["wholebody"]["data_identifier"]
     files = sorted(f for f in store.glob("*.b2nd") if not f.stem.endswith("_seg"))
     if not files:
         dataset_id = int(preprocessed.name[7:10])
@@ -220,7 +220,7 @@ def case_weights(
     """How often each case is drawn, (cases,), from the weights of the datasets; None: each alike.
 
     Raises:
-        UserError: not one weight a dataset.
+        UserError: not one weight a dataset, or a weight for a dataset without a case.
     """
     if dataset_weights is None:
         return None
@@ -228,5 +228,9 @@ def case_weights(
         raise UserError(f"pretrain.dataset_weights: has {len(dataset_weights)} weights for {len(datasets)} datasets; "
                         "give one for each in the order of -d")  # fmt: skip
     counts = [sum(case.dataset == name for case in cases) for name in datasets]
+    for name, weight, count in zip(datasets, dataset_weights, counts, strict=True):
+        if weight and not count:
+            raise UserError(f"pretrain.dataset_weights: {name} has the weight {weight:g} but no case to train with "
+                            "(all are held out or left out by -f); give it 0 or leave it out of -d")  # fmt: skip
     numbers = [datasets.index(case.dataset) for case in cases]
     return np.array([dataset_weights[number] / counts[number] for number in numbers])

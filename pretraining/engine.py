@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import platform
 import signal
 import sys
@@ -17,8 +16,6 @@ from typing import TYPE_CHECKING, Any
 import blosc2
 import torch
 from lightning_fabric import Fabric
-from lightning_fabric.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
-from lightning_fabric.strategies import DDPStrategy
 from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
@@ -35,6 +32,7 @@ from pretraining.fratmae import FratMAE, Objective
 from pretraining.monitor import Monitor
 from pretraining.recipe import (
     BETAS,
+    ONE_GPU,
     build_model,
     choose_micro_batch,
     choose_patches,
@@ -42,6 +40,7 @@ from pretraining.recipe import (
     hold_out,
     learning_rate,
     parameter_groups,
+    pass_sizes,
 )
 
 if TYPE_CHECKING:  # open_clip takes seconds to import, and two of the four arms do without it
@@ -68,7 +67,10 @@ class Pretraining:
         self.train, held_out = hold_out(cases, settings.pretrain.held_out, settings.pretrain.seed)
         self.settings = settings = choose_patches(settings, len(self.train))
         self.options = options = settings.pretrain
-        self.identity = _identity(settings, self.train, held_out)
+        self.batch_size = min(options.batch_size, len(self.train) * options.patches_per_case)
+        self.micro = choose_micro_batch(options, self.batch_size, fabric.world_size)
+        passes = pass_sizes(options, self.micro, fabric.world_size)
+        self.identity = _identity(settings, self.train, held_out, passes)
         checkpoint = self._checkpoint(resume)
         tower, align, self.embeddings = prepare_text(settings, cases, fabric)
         self.prompts = sorted({case.prompt for case in cases if case.prompt})
@@ -89,8 +91,7 @@ class Pretraining:
         self.objective, self.optimizer = fabric.setup(objective, optimizer)
         if checkpoint:
             self.optimizer.load_state_dict(checkpoint["optimizer"])
-        # Judged by one process; at full size they are 1 GB and minutes of work for the guesses
-        self.held_out = hold_out_patches(held_out, settings, self.token_patch) if fabric.is_global_zero else None
+        self.held_out = hold_out_patches(held_out, settings, self.token_patch, fabric)
         self._prepare_loader()
         self.signal: int | None = None
 
@@ -105,19 +106,20 @@ class Pretraining:
     def run(self) -> None:
         """Raises UserError: a loss that is not finite, or a checkpoint that cannot be written."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        monitor = Monitor(self.folder, self.settings, self.fabric) if self.fabric.is_global_zero else None
-        if monitor:
-            monitor.introduce(self.model, self.train, self.held_out, self.batches.steps)
-        before = self._listen()
         steps = self.batches.steps
         done = self.epoch * steps + self.step
+        monitor = None
+        if self.fabric.is_global_zero:
+            monitor = Monitor(self.folder, self.settings, self.fabric, is_resumed=done > 0)
+            monitor.introduce(self.model, self.train, self.held_out, steps)
+        before = self._listen()
         is_quiet = not self.fabric.is_global_zero
         try:
             with tqdm(total=self.options.epochs * steps, initial=done, desc="Pretraining", disable=is_quiet) as bar:
                 while self.epoch < self.options.epochs:
-                    row = self._train_epoch(bar)
+                    row = self._train_epoch(bar) | self._judge()
                     if monitor:
-                        self.history.append(row | self._judge())
+                        self.history.append(row)
                         monitor.log(self.history, self.held_out)
                         self._picture(monitor)
                     self.epoch, self.step, self.sums = self.epoch + 1, 0, _empty_sums()
@@ -126,8 +128,9 @@ class Pretraining:
             self._end_loader()
             for number, handler in before.items():
                 signal.signal(number, handler)
+            if monitor:
+                monitor.close(is_done=self.epoch == self.options.epochs)
         if monitor:
-            monitor.close()
             export(self._state(), self.folder)
             print(f"encoders, contract and model card: {self.folder}")
             print(f"next: FRATMAE_PRETRAINED={self.folder} nnUNetv2_train ID 3d_fullres 0 -tr FratMAETrainer "
@@ -152,19 +155,15 @@ class Pretraining:
             bar.update()
             bar.set_postfix_str(f"epoch {self.epoch} " + " ".join(
                 f"{name} {value:.3f}" for name, value in self.last.items()))  # fmt: skip
-            if self._is_asked_to_stop():
-                self._keep()
-                self.fabric.barrier()  # a process that leaves early has the launcher kill the one that is saving
-                name = signal.Signals(self.signal or signal.SIGTERM).name
-                print(f"\n{name}: saved after step {self.step} of epoch {self.epoch}; go on with --c", file=sys.stderr)
-                sys.exit(128 + (self.signal or signal.SIGTERM))
-        seconds = time.perf_counter() - start
+            self._leave_if_asked()
+        seconds, steps = time.perf_counter() - start, self.step - first_step  # none if it was left while judging
         means = {name if name == "gradient_norm" else f"train_{name}": total / count if count else None
                  for name, (total, count) in self.sums.items()}  # fmt: skip
         return {
             "epoch": self.epoch, **means, "learning_rate": self.optimizer.param_groups[0]["lr"], "seconds": seconds,
-            "patches_per_second": (self.step - first_step) * self.batches.batch_size / seconds,
-            "data_wait": waited / seconds, "temperature": self.align.temperature if self.align else None,
+            "patches_per_second": steps * self.batches.batch_size / seconds if steps else None,
+            "data_wait": waited / seconds if steps else None,
+            "temperature": self.align.temperature if self.align else None,
         }  # fmt: skip
 
     def _train_step(self, passes: Iterator) -> float:
@@ -232,19 +231,22 @@ class Pretraining:
             found = {n for n in numbers if n >= 0} or {-1 - n for n in numbers}
             names = ", ".join(sorted(self.train[n].name for n in found))
             what = f"loss is {broken[0]}" if broken else f"gradient's norm is {norm}"
-            raise UserError(f"the {what} in epoch {self.epoch}, step {self.step}, with the cases {names}; the last "
-                            f"good weights are in {LATEST}; look for broken images or lower pretrain.learning_rate"
-                            )  # fmt: skip
+            is_there = (self.folder / LATEST).is_file()
+            saved = f"the last good weights are in {LATEST}" if is_there else "there is no checkpoint yet"
+            raise UserError(f"the {what} in epoch {self.epoch}, step {self.step}, with the cases {names}; {saved}; "
+                            "look for broken images or lower pretrain.learning_rate")  # fmt: skip
 
-    def _judge(self) -> dict[str, float]:
+    def _judge(self) -> dict[str, float | None]:
+        """The held-out curve, by all processes together."""
         if self.held_out is None:
             return {}
         self.objective.eval()
+        share = (self.micro, self.fabric, self._leave_if_asked)
         with self.fabric.autocast():
-            row = evaluate(self.model, self.held_out, self.options.is_cross_modal, self.fabric.device)
+            row = evaluate(self.model, self.held_out, self.options.is_cross_modal, *share)
             if self.align is not None:
                 text = self.embeddings or self._embed_held_out()
-                row |= evaluate_retrieval(self.model, self.align, self.held_out, text, self.fabric.device)
+                row |= evaluate_retrieval(self.model, self.align, self.held_out, text, *share)
         return row
 
     def _embed_held_out(self) -> dict[str, Tensor]:
@@ -258,11 +260,11 @@ class Pretraining:
     def _prepare_loader(self) -> None:
         options, fabric = self.options, self.fabric
         samples = len(self.train) * options.patches_per_case
-        batch_size = min(options.batch_size, samples)
-        micro = choose_micro_batch(options, batch_size, fabric.world_size)
         weights = case_weights(self.train, list(self.licences), options.dataset_weights)
         views = Views(weights, len(self.train), self.settings.wholebody, options)
-        self.batches = Batches(samples, batch_size, micro, fabric.global_rank, fabric.world_size, options.seed)
+        self.batches = Batches(
+            samples, self.batch_size, self.micro, fabric.global_rank, fabric.world_size, options.seed
+        )
         if options.store == "memory":
             self.loader: Any = MemoryPatches(self.train, views, self.batches, fabric.device)
             return
@@ -281,13 +283,22 @@ class Pretraining:
             iterator._shutdown_workers()
 
     def _listen(self) -> dict[int, Any]:
-        """SIGTERM and SIGUSR1 (SLURM, nnssl's habit) end the run after the step, with a checkpoint; what they did
-        before."""
+        """SIGTERM and SIGUSR1 (SLURM, nnssl's habit) end the run after the step, or the pass over held-out cases, with
+        a checkpoint; what they did before."""
 
         def note(number: int, _: Any) -> None:
             self.signal = number
 
         return {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGUSR1)}
+
+    def _leave_if_asked(self) -> None:
+        """Save and leave if any process had a signal; called by all of them together."""
+        if self._is_asked_to_stop():
+            self._keep()
+            self.fabric.barrier()  # a process that leaves early has the launcher kill the one that is saving
+            name = signal.Signals(self.signal or signal.SIGTERM).name
+            print(f"\n{name}: saved after step {self.step} of epoch {self.epoch}; go on with --c", file=sys.stderr)
+            sys.exit(128 + (self.signal or signal.SIGTERM))
 
     def _is_asked_to_stop(self) -> bool:
         if self.fabric.world_size == 1:
@@ -322,11 +333,17 @@ class Pretraining:
                                 "with -o")  # fmt: skip
             return None
         checkpoint = load_latest(self.folder)
-        if checkpoint["identity"]["settings"] != self.identity["settings"]:
-            raise UserError(f"--c: the run in {self.folder} was begun with other settings; give the same -m, -preset "
-                            "and --set")  # fmt: skip
-        if checkpoint["identity"] != self.identity:
-            raise UserError(f"--c: the run in {self.folder} was begun with other cases; give the same -d and -f")
+        begun, mine = checkpoint["identity"], self.identity
+        where = f"--c: the run in {self.folder} was begun with"
+        if begun["settings"] != mine["settings"]:
+            raise UserError(f"{where} other settings; give the same -m, -preset and --set")
+        if any(begun[side] != mine[side] for side in ("train", "held_out")):
+            raise UserError(f"{where} other cases; give the same -d and -f")
+        for what, size in begun["passes"].items():
+            if size != mine["passes"][what]:
+                micro, rest = (size, 0) if what == ONE_GPU else divmod(size, self.fabric.world_size)
+                way_out = "take another -num_gpus" if rest else f"set pretrain.micro_batch_size={micro}"
+                raise UserError(f"{where} passes of {size} patches {what}, and their result hangs on that; {way_out}")
         return checkpoint
 
     def _contract(self) -> Contract:
@@ -345,37 +362,6 @@ def _start_loading(_: int) -> None:
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
     blosc2.set_nthreads(1)  # a coronal slice is too small for more, and the processes are many
-
-
-def make_fabric(device: str, gpus: int, nodes: int, is_cross_modal: bool) -> Fabric:
-    """Launched Fabric on `gpus` GPUs (or CPU processes) of each of `nodes` nodes; torchrun and SLURM are found.
-
-    Raises:
-        UserError: they started another number of processes.
-    """
-    _check_launcher(gpus, nodes)
-    is_bf16 = device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    # The decoder of the modality that is whole rests in a step
-    ddp = DDPStrategy(find_unused_parameters=is_cross_modal, broadcast_buffers=False)
-    fabric = Fabric(
-        accelerator=device, devices=gpus, num_nodes=nodes, strategy=ddp if gpus * nodes > 1 else "auto",
-        precision="bf16-mixed" if is_bf16 else "32-true",
-    )  # fmt: skip
-    fabric.launch()
-    return fabric
-
-
-def _check_launcher(gpus: int, nodes: int) -> None:
-    """Processes of torchrun and srun that know nothing of each other would be as many runs in one folder."""
-    if TorchElasticEnvironment.detect():
-        launcher, started = "torchrun", TorchElasticEnvironment().world_size()
-    elif SLURMEnvironment.detect():  # a batch script without srun is one process
-        launcher, started = "SLURM", int(os.environ.get("SLURM_STEP_NUM_TASKS", 1))
-    else:
-        return
-    if started != gpus * nodes:
-        raise UserError(f"-num_gpus {gpus} on -num_nodes {nodes}: {launcher} started {started} processes; start one "
-                        "for each GPU (srun --ntasks-per-node, torchrun --nproc_per_node)")  # fmt: skip
 
 
 def prepare_text(
@@ -413,13 +399,12 @@ def _mean_error(row: dict[str, Any]) -> float | None:
     return None if None in values else sum(values) / len(values)
 
 
-def _identity(settings: Settings, train: list[Case], held_out: list[Case]) -> dict[str, Any]:
+def _identity(settings: Settings, train: list[Case], held_out: list[Case], passes: dict[str, int]) -> dict[str, Any]:
     """What makes a run this run: all that shapes its result. What only shapes its speed may change between a run and
-    its resumption, and so may the settings of fine-tuning."""
+    its resumption, the number of GPUs too, and so may the settings of fine-tuning."""
     block = settings.to_json()
-    speed = ["workers", "store", "picture_every", "keep_every"]
-    # The negatives of the contrastive loss are those of one pass
-    for name in speed if settings.pretrain.has_text else [*speed, "micro_batch_size"]:
+    for name in ("workers", "store", "picture_every", "keep_every", "micro_batch_size"):
         block["pretrain"].pop(name)
     kept = {key: block[key] for key in ("preset", "token_patch", "wholebody", "pretrain")}
-    return {"settings": kept, "train": [c.name for c in train], "held_out": [c.name for c in held_out]}
+    sides = {"train": [c.name for c in train], "held_out": [c.name for c in held_out]}
+    return {"settings": kept, "passes": passes, **sides}

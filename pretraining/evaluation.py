@@ -1,13 +1,18 @@
-"""What a pretraining is judged by on its held-out cases: always the same patches and masks."""
+"""What a pretraining is judged by on its held-out cases: always the same patches and masks.
+
+The cases are shared among the processes of the run, so that none waits for another.
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from lightning_fabric import Fabric
 from scipy import ndimage
 from torch import Tensor
 
@@ -18,6 +23,9 @@ from pretraining.fratmae import FratMAE, patchify, random_masking, reconstructio
 
 if TYPE_CHECKING:
     from pretraining.context_align import ContextAlign
+
+
+GUESSES = ("mean_guess", "copy_guess")
 
 
 @dataclass(frozen=True)
@@ -40,8 +48,10 @@ class HeldOut:
         return [next((j for j in others if who[j] != who[i]), None) for i, others in enumerate(nexts)]
 
 
-def hold_out_patches(cases: list[Case], settings: Settings, token_patch: tuple[int, int, int]) -> HeldOut | None:
-    """The middle patch of each case and fixed masks; None without cases."""
+def hold_out_patches(
+    cases: list[Case], settings: Settings, token_patch: tuple[int, int, int], fabric: Fabric
+) -> HeldOut | None:
+    """The middle patch of each case and fixed masks, in every process; None without cases."""
     if not cases:
         return None
     images = torch.stack([middle_patch(case, settings) for case in cases])
@@ -50,9 +60,35 @@ def hold_out_patches(cases: list[Case], settings: Settings, token_patch: tuple[i
     for number, modality in enumerate(MODALITIES):
         generator = torch.Generator().manual_seed(number)
         keep[modality], masked[modality] = random_masking(len(cases), tokens, settings.pretrain.mask_ratio, generator)
-        volumes = images[:, number : number + 1]
-        baselines |= guesses(modality, volumes, masked[modality], token_patch)
+        volumes, gaps = images[:, number : number + 1], masked[modality]
+        errors = share_cases(
+            lambda some, volumes=volumes, gaps=gaps: guesses(volumes[some], gaps[some], token_patch),
+            len(cases), len(GUESSES), 1, fabric,
+        )  # fmt: skip
+        baselines |= zip([f"{name}_{modality}" for name in GUESSES], errors.mean(0).tolist(), strict=True)
     return HeldOut(cases, images, keep, masked, baselines)
+
+
+@torch.no_grad()
+def share_cases(
+    compute: Callable[[Tensor], Tensor], count: int, width: int, batch: int, fabric: Fabric,
+    before_pass: Callable[[], None] = lambda: None,
+) -> Tensor:  # fmt: skip
+    """Rows (count, width), float64 on the CPU and the same in every process, for `count` cases.
+
+    Args:
+        compute: of the numbers of some cases (b,) their rows (b, width); called with at most `batch` of them. Each
+            process of `fabric` does its share.
+        before_pass: called by all processes together; a signal must not wait for the end.
+    """
+    rows = torch.zeros(count, width, device=fabric.device)
+    passes = torch.arange(count).split(batch)
+    for first in range(0, len(passes), fabric.world_size):
+        before_pass()
+        number = first + fabric.global_rank
+        if number < len(passes):
+            rows[passes[number]] = compute(passes[number]).to(rows)
+    return fabric.all_reduce(rows, reduce_op="sum").double().cpu()
 
 
 def middle_patch(case: Case, settings: Settings) -> Tensor:
@@ -60,19 +96,19 @@ def middle_patch(case: Case, settings: Settings) -> Tensor:
     return read_patch(case, window(settings.wholebody, (0.5, 0.5, 0.5, 0.0)))
 
 
-def guesses(modality: str, volumes: Tensor, masked: Tensor, token_patch: tuple[int, int, int]) -> dict[str, float]:
-    """Masked MSE of the mean of the visible voxels, and of copying the nearest visible voxel into the gaps.
+def guesses(volumes: Tensor, masked: Tensor, token_patch: tuple[int, int, int]) -> Tensor:
+    """Masked MSE (n, 2) of two guesses: the mean of the visible voxels, and copying the nearest visible voxel.
 
     Args:
         volumes: (n, 1, H, W, D); masked: (n, m) tokens.
     """
-    errors: dict[str, list[float]] = {"mean_guess": [], "copy_guess": []}
+    errors = []
     for volume, gaps in zip(volumes, token_mask(volumes, masked, token_patch), strict=True):
         truth, is_masked = volume[0].numpy(), gaps[0].numpy()
         nearest = ndimage.distance_transform_edt(is_masked, return_distances=False, return_indices=True)
-        errors["mean_guess"].append(np.square(truth[is_masked] - truth[~is_masked].mean()).mean())
-        errors["copy_guess"].append(np.square(truth - truth[tuple(nearest)])[is_masked].mean())
-    return {f"{name}_{modality}": float(np.mean(values)) for name, values in errors.items()}
+        mean = np.square(truth[is_masked] - truth[~is_masked].mean()).mean()
+        errors.append([mean, np.square(truth - truth[tuple(nearest)])[is_masked].mean()])
+    return torch.tensor(errors)
 
 
 def token_mask(volumes: Tensor, masked: Tensor, token_patch: tuple[int, int, int]) -> Tensor:
@@ -83,60 +119,72 @@ def token_mask(volumes: Tensor, masked: Tensor, token_patch: tuple[int, int, int
     return unpatchify(mask, grid, token_patch) > 0
 
 
-@torch.no_grad()
-def evaluate(model: FratMAE, held_out: HeldOut, is_cross_modal: bool, device: torch.device) -> dict[str, float]:
-    """Masked MSE and PSNR of each modality, and the cross-modal gain.
+def evaluate(
+    model: FratMAE, held_out: HeldOut, is_cross_modal: bool, batch: int, fabric: Fabric,
+    before_pass: Callable[[], None] = lambda: None,
+) -> dict[str, float | None]:  # fmt: skip
+    """Masked MSE and PSNR of each modality, and the cross-modal gain; the last arguments are those of `share_cases`.
 
-    PSNR is over the clipped range of the modality. The gain is 1 - MSE with the own partner / MSE with the next
-    patient's partner: 0 where the network does not look at the partner.
+    PSNR is over the clipped range of the modality; none for an error of 0. The gain is 1 - MSE with the own partner /
+    MSE with the next patient's partner: 0 where the network does not look at the partner.
     """
-    row: dict[str, float] = {}
+    row: dict[str, float | None] = {}
+    everyone = torch.arange(len(held_out.cases))
+    others = torch.tensor([-1 if stranger is None else stranger for stranger in held_out.strangers])
+    compared = everyone[others >= 0]
     for modality in MODALITIES:
-        own, other = [], []
-        for i in range(len(held_out.cases)):
-            own.append(masked_mse(model, held_out, modality, i, i, device))
-            stranger = held_out.strangers[i]
-            if is_cross_modal and stranger is not None:
-                other.append(masked_mse(model, held_out, modality, i, stranger, device))
-        error, units = float(np.mean(own)), PRETRAINING_UNITS[modality]
+
+        def errors(cases: Tensor, partners: Tensor, modality: str = modality) -> Tensor:
+            def compute(some: Tensor) -> Tensor:
+                return masked_mse(model, held_out, modality, cases[some], partners[some], fabric.device)[:, None]
+
+            return share_cases(compute, len(cases), 1, batch, fabric, before_pass)[:, 0]
+
+        own, units = errors(everyone, everyone), PRETRAINING_UNITS[modality]
+        error, peak = own.mean().item(), (units.upper - units.lower) / units.std
         row[f"held_out_{modality}"] = error
-        row[f"psnr_{modality}"] = 20 * math.log10((units.upper - units.lower) / units.std) - 10 * math.log10(error)
-        if other:
-            compared = [e for e, stranger in zip(own, held_out.strangers, strict=True) if stranger is not None]
-            row[f"gain_{modality}"] = 1 - float(np.mean(compared)) / float(np.mean(other))
+        row[f"psnr_{modality}"] = 20 * math.log10(peak) - 10 * math.log10(error) if error else None
+        if is_cross_modal and len(compared):
+            other = errors(compared, others[compared]).mean().item()
+            row[f"gain_{modality}"] = 1 - own[compared].mean().item() / other if other else None
     return row
 
 
-def masked_mse(model: FratMAE, held_out: HeldOut, modality: str, i: int, partner: int, device: torch.device) -> float:
-    """Masked MSE of case `i` where the other modality is that of case `partner`."""
+def masked_mse(
+    model: FratMAE, held_out: HeldOut, modality: str, cases: Tensor, partners: Tensor, device: torch.device
+) -> Tensor:
+    """Masked MSE (b,) of each of `cases` (b,) where the other modality is that of the cases `partners` (b,)."""
     number = MODALITIES.index(modality)
-    image = held_out.images[partner : partner + 1].clone()
-    image[:, number] = held_out.images[i, number]
-    image = image.to(device)
-    prediction = model(image, {modality: held_out.keep[modality][i : i + 1].to(device)})[0][modality]
-    masked = held_out.masked[modality][i : i + 1].to(device)
-    return reconstruction_loss(prediction, image[:, number : number + 1], masked, model.token_patch).item()
+    image = held_out.images[partners]
+    image[:, number] = held_out.images[cases, number]
+    image, masked = image.to(device), held_out.masked[modality][cases].to(device)
+    prediction = model(image, {modality: held_out.keep[modality][cases].to(device)})[0][modality]
+    each = zip(prediction.split(1), image[:, number : number + 1].split(1), masked.split(1), strict=True)
+    return torch.stack([reconstruction_loss(*one, model.token_patch) for one in each])
 
 
-@torch.no_grad()
 def evaluate_retrieval(
-    model: FratMAE, align: ContextAlign, held_out: HeldOut, text: dict[str, Tensor], device: torch.device
-) -> dict[str, float]:
+    model: FratMAE, align: ContextAlign, held_out: HeldOut, text: dict[str, Tensor], batch: int, fabric: Fabric,
+    before_pass: Callable[[], None] = lambda: None,
+) -> dict[str, float]:  # fmt: skip
     """PET-text retrieval among the different prompts of the held-out cases (see `retrieval`); nothing below two.
 
     Args:
-        text: embedding (dim,) of every prompt.
+        text: embedding (dim,) of every prompt; the last arguments are those of `share_cases`.
     """
     from pretraining.context_align import retrieval
 
-    cases = held_out.cases
+    cases, device = held_out.cases, fabric.device
     prompts = sorted({case.prompt for case in cases if case.prompt})
     if len(prompts) < 2:
         return {}
-    known = [i for i, case in enumerate(cases) if case.prompt]
-    encoder = model.encoders["PET"]
-    pet = torch.cat([encoder(held_out.images[i : i + 1, 1:].to(device))[:, 0] for i in known])
-    texts = torch.stack([text[cases[i].prompt] for i in known]).to(device)
-    ids = torch.tensor([prompts.index(cases[i].prompt) for i in known], device=device)
-    found = retrieval(align.embed_pet(pet), align.embed_text(texts), ids)
-    return {f"retrieval_{name}": value for name, value in found.items()}
+    known = torch.tensor([i for i, case in enumerate(cases) if case.prompt])
+    ids = torch.tensor([prompts.index(cases[i].prompt) for i in known])
+
+    def embed(some: Tensor) -> Tensor:
+        return align.embed_pet(model.encoders["PET"](held_out.images[known[some], 1:].to(device))[:, 0])
+
+    with torch.no_grad():
+        texts = align.embed_text(torch.stack([text[cases[i].prompt] for i in known]).to(device)).cpu()
+    pets = share_cases(embed, len(known), texts.shape[1], batch, fabric, before_pass).to(texts)
+    return {f"retrieval_{name}": value for name, value in retrieval(pets, texts, ids).items()}

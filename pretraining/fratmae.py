@@ -79,9 +79,11 @@ class CrossAttention(nn.Module):
 
     @torch.no_grad()
     def start_aligned(self) -> None:
-        """Begin with equal projections of queries and keys, so that a token first looks at its own place in the
-        partner: CT and PET show the same body, and both carry the same position embedding."""
+        """Begin with equal projections of queries and keys, so that a token first looks about its own place in the
+        partner: CT and PET show the same body, and both carry the same position embedding. The projections are doubled,
+        or the softmax over hundreds of tokens would be nearly flat (docs/decisions.md)."""
         dim = self.to_query.in_features
+        self.to_query.weight *= 2
         self.to_key_value.weight[:dim] = self.to_query.weight
 
     def weights(self, query: Tensor, context: Tensor) -> Tensor:

@@ -20,8 +20,25 @@ from pretraining.evaluation import HeldOut, token_mask
 from pretraining.fratmae import FratMAE, partner, unpatchify
 from pretraining.report import plot_progress, plot_reconstruction
 
-# Dense bf16 matrix products per second that the makers state, for the model FLOPs utilisation
-PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "RTX 4090": 165e12, "RTX A6000": 155e12}
+PEAK_FLOPS = {
+    "NVIDIA A10": 125e12,
+    "NVIDIA A100 80GB PCIe": 312e12,
+    "NVIDIA A100-PCIE-40GB": 312e12,
+    "NVIDIA A100-SXM4-40GB": 312e12,
+    "NVIDIA A100-SXM4-80GB": 312e12,
+    "NVIDIA A40": 149.7e12,
+    "NVIDIA GH200 480GB": 989e12,
+    "NVIDIA GeForce RTX 4090": 165e12,
+    "NVIDIA H100 80GB HBM3": 989e12,  # SXM
+    "NVIDIA H100 NVL": 835e12,
+    "NVIDIA H100 PCIe": 756e12,
+    "NVIDIA H200": 989e12,  # SXM
+    "NVIDIA H200 NVL": 835e12,
+    "NVIDIA L40S": 362e12,
+    "NVIDIA RTX A6000": 155e12,
+}
+"""Dense bf16 matrix products per second that the makers state, for the model FLOPs utilisation, by the device's whole
+name: cards, half cards (MIG) and laptops of one family differ by a factor of two and more. No figure for others."""
 
 
 def flops_per_patch(settings: Settings) -> float:
@@ -50,13 +67,12 @@ def flops_per_patch(settings: Settings) -> float:
 class Monitor:
     """Writes into the folder of the run, from one process only."""
 
-    def __init__(self, folder: Path, settings: Settings, fabric: Fabric) -> None:
+    def __init__(self, folder: Path, settings: Settings, fabric: Fabric, is_resumed: bool) -> None:
         self.folder, self.settings, self.flops = folder, settings, flops_per_patch(settings)
         name = torch.cuda.get_device_name(fabric.device) if fabric.device.type == "cuda" else ""
-        peak = next((value for key, value in PEAK_FLOPS.items() if key in name), None)
-        self.peak = peak and peak * fabric.world_size
+        self.peak = PEAK_FLOPS[name] * fabric.world_size if name in PEAK_FLOPS else None
         self.board = _tensorboard(folder)
-        self.wandb = _wandb(folder)
+        self.wandb = _wandb(folder, is_resumed)
 
     def introduce(self, model: nn.Module, train: list[Case], held_out: HeldOut | None, steps: int) -> None:
         """Say what is trained on what."""
@@ -74,7 +90,8 @@ class Monitor:
     def log(self, history: list[dict[str, Any]], held_out: HeldOut | None) -> None:
         """The last row of the history to all places, and the curves."""
         row = history[-1]
-        row["mfu"] = self.flops * row["patches_per_second"] / self.peak if self.peak else None
+        speed = row["patches_per_second"]
+        row["mfu"] = self.flops * speed / self.peak if self.peak and speed else None
         if held_out:
             row |= held_out.baselines
         lines = "".join(json.dumps(r) + "\n" for r in history)
@@ -88,11 +105,12 @@ class Monitor:
                 if self.wandb:
                     self.wandb.log(name, value, row["epoch"])
 
-    def close(self) -> None:
+    def close(self, is_done: bool) -> None:
+        """Also where the run stops before its end, to be resumed."""
         if self.board:
             self.board.close()
         if self.wandb:
-            self.wandb.run.finish()
+            self.wandb.run.finish(exit_code=0 if is_done else 1)
 
     def picture(self, model: FratMAE, held_out: HeldOut, epoch: int) -> None:
         """Masked input, reconstruction and truth of the first held-out case, and where its PET looks in the CT."""
@@ -151,10 +169,21 @@ def _tensorboard(folder: Path) -> Any:
     return SummaryWriter(str(folder / "tensorboard"))
 
 
-def _wandb(folder: Path) -> Any:
-    """nnU-Net's own W&B logger, by its own variables (nnUNet_wandb_enabled, _project, _mode)."""
+def _wandb(folder: Path, is_resumed: bool) -> Any:
+    """nnU-Net's own W&B logger, by its own variables (nnUNet_wandb_enabled, _project, _mode).
+
+    A resumed run goes on in the W&B run of its folder. What is wrong with W&B is one line, and no reason to stop.
+    """
     if os.environ.get("nnUNet_wandb_enabled", "0").lower() not in ("1", "true", "t"):
         return None
-    from nnunetv2.training.logging.nnunet_logger import WandbLogger
+    from nnunetv2.training.logging import nnunet_logger
 
-    return WandbLogger(folder, resume=(folder / "wandb").is_dir())
+    if nnunet_logger.wandb is None:
+        print("warning: nnUNet_wandb_enabled is set, but W&B is not installed (pip install wandb); going on without it")
+        return None
+    try:
+        return nnunet_logger.WandbLogger(folder, resume=is_resumed)
+    except Exception as error:  # noqa: BLE001 - W&B's, of many kinds: no key, no network, a folder without its run
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        print(f"warning: W&B cannot be used ({reason}); going on without it")
+        return None

@@ -6,7 +6,7 @@ import argparse
 from dataclasses import replace
 from pathlib import Path
 
-from nnUNet_raw_conversion.command import UserError, find_dataset, nnunet_folder, run_command
+from nnUNet_raw_conversion.command import UserError, check_device, find_dataset, nnunet_folder, run_command
 from plans.extension import choose_sizes
 from plans.preprocessed import PLANS_NAME, load_plans, validation_cases
 from plans.settings import METHODS, STACKS, Settings, add_arguments, override, require
@@ -47,10 +47,10 @@ def _run(args: argparse.Namespace) -> None:
     import torch
 
     from pretraining.data import list_cases
-    from pretraining.engine import Pretraining, make_fabric
+    from pretraining.engine import Pretraining
+    from pretraining.launch import make_fabric
 
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("-device cuda: no GPU can be used here; say -device cpu")
+    check_device(args.device)
     if args.device == "cuda" and args.num_gpus > torch.cuda.device_count():
         raise UserError(f"-num_gpus {args.num_gpus}: {torch.cuda.device_count()} can be used here")
     cases = []

@@ -18,6 +18,7 @@ from pretraining.data import Case
 from pretraining.fratmae import FratMAE, random_masking
 
 BETAS = (0.9, 0.95)  # MAE of He et al., appendix A
+ONE_GPU, ALL_GPUS = "on one GPU", "on all GPUs together"
 STEPS_OF_AN_EPOCH = 50  # at least, where patches_per_case is left open; 1,292 cases in batches of 24 are 54
 
 
@@ -96,3 +97,10 @@ def choose_micro_batch(options: Pretrain, batch_size: int, world: int) -> int:
         raise UserError("pretrain.shuffle_partner: a pass of 1 patch has no other patient; choose a larger "
                         "pretrain.micro_batch_size or fewer GPUs")  # fmt: skip
     return micro
+
+
+def pass_sizes(options: Pretrain, micro: int, world: int) -> dict[str, int]:
+    """Patches that meet in a pass, as far as the result hangs on it: the contrastive loss takes its negatives from one
+    pass on all GPUs, and `shuffle_partner` its strangers from one pass on one GPU."""
+    sizes = {ONE_GPU: micro} if options.shuffle_partner else {}
+    return sizes | ({ALL_GPUS: micro * world} if options.has_text else {})

@@ -13,7 +13,7 @@ from torch.nn.functional import normalize
 from tqdm import tqdm
 
 from nnUNet_raw_conversion.clinical import ClinicalRecord, prompt, read_clinical
-from nnUNet_raw_conversion.command import UserError, find_dataset, renamed, run_command
+from nnUNet_raw_conversion.command import UserError, check_device, find_dataset, renamed, run_command
 from plans.preprocessed import load_plans
 from plans.settings import Settings
 from pretraining.checkpoint import LATEST, load
@@ -69,8 +69,7 @@ def _run(args: argparse.Namespace) -> None:
     if not settings.pretrain.has_text:
         raise UserError(f"-m {args.m}: was pretrained without text (-m {settings.pretrain.method}); {ALIGN_NAME} is "
                         "made by the arms fratmae and mae_text")  # fmt: skip
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("-device cuda: no GPU can be used here; say -device cpu")
+    check_device(args.device)
     from pretraining.data import list_cases
     from pretraining.evaluation import middle_patch
 

@@ -121,6 +121,9 @@ def test_datasets_are_drawn_by_their_weights():
     assert case_weights(cases, ["A", "B"], None) is None
     with pytest.raises(UserError, match="has 1 weights for 2 datasets"):
         case_weights(cases, ["A", "B"], (1.0,))
+    with pytest.raises(UserError, match="B has the weight 3 but no case to train with"):
+        case_weights(cases[:90], ["A", "B"], (0.0, 3.0))
+    assert case_weights(cases[:90], ["A", "B"], (1.0, 0.0)).sum() == pytest.approx(1)
 
 
 def test_without_weights_every_case_is_drawn_alike():

@@ -5,6 +5,8 @@ import multiprocessing
 import shutil
 import signal
 from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 
 import blosc2
 import numpy as np
@@ -16,7 +18,7 @@ from nnunet_fratmae.artefact import check_artefact, load_encoders
 from nnunet_fratmae.networks.unetr import FratMAEUNETR
 from nnUNet_raw_conversion.command import UserError
 from plans.settings import Preset, Pretrain, Settings, WholeBody
-from pretraining import checkpoint, engine, recipe
+from pretraining import checkpoint, engine, evaluation, launch, monitor, recipe
 from pretraining.data import Case
 
 TINY = Preset(24, 4, 2, decoder_dim=24, decoder_depth=1, decoder_heads=2, unetr_features=4)
@@ -49,7 +51,7 @@ def toy_settings(**pretrain) -> Settings:
 
 
 def start(folder, cases, resume=False, **pretrain) -> engine.Pretraining:
-    fabric = engine.make_fabric("cpu", 1, 1, True)
+    fabric = launch.make_fabric("cpu", 1, 1, True)
     return engine.Pretraining(folder, toy_settings(**pretrain), cases, {"Dataset001_Toy": "CC0"}, None, fabric, resume)
 
 
@@ -145,12 +147,44 @@ def test_a_checkpoint_that_does_not_read_back_is_never_the_only_one(tmp_path, mo
         checkpoint.load_latest(tmp_path)
 
 
+def flip_a_bit(path):
+    """Of a weight, somewhere in the middle."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 4
+    path.write_bytes(content)
+
+
+def test_every_byte_of_a_checkpoint_is_read_back(tmp_path, monkeypatch, capsys):
+    """One wrong bit, which torch.load takes as it is, on a disk that lies and in a file that rots."""
+    path, weights = tmp_path / checkpoint.LATEST, torch.arange(100_000.0)
+    for epoch in (1, 2):
+        checkpoint.save({"epoch": epoch, "weights": weights}, path)
+    original, folder = torch.save, tmp_path / "empty"
+    folder.mkdir()
+
+    def lying_disk(state, file):
+        original(state, file)
+        file.flush()
+        flip_a_bit(Path(file.name))
+
+    monkeypatch.setattr(torch, "save", lying_disk)
+    with pytest.raises(UserError, match="does not read back as it was written.*The last checkpoint is whole"):
+        checkpoint.save({"epoch": 3, "weights": weights}, path)
+    with pytest.raises(UserError, match="Make room; start again"):
+        checkpoint.save({"epoch": 3, "weights": weights}, folder / path.name)
+    assert checkpoint.load_latest(tmp_path)["epoch"] == 2
+    flip_a_bit(path)
+    assert not torch.equal(torch.load(path)["weights"], weights)
+    assert checkpoint.load_latest(tmp_path)["epoch"] == 1
+    assert "damaged or cut off" in capsys.readouterr().out
+
+
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, cases):
     volume = np.full((2, 16, 24, 40), np.nan, dtype=np.float16)
     for case in cases:
         case.path.unlink()
         blosc2.asarray(volume, urlpath=str(case.path), chunks=(1, 1, 24, 40), blocks=(1, 1, 24, 40))
-    with pytest.raises(UserError, match="the loss is nan"):
+    with pytest.raises(UserError, match="the loss is nan.*there is no checkpoint yet"):
         run(tmp_path / "out", cases)
     assert not (tmp_path / "out" / "encoders.safetensors").exists()
 
@@ -165,7 +199,7 @@ def test_a_loss_that_is_not_finite_names_the_cases_and_keeps_the_last_weights(tm
         return original(image, numbers, masks, place)
 
     bad._inputs = poisoned
-    with pytest.raises(UserError, match=f"the loss is nan in epoch 1.*{victim}"):
+    with pytest.raises(UserError, match=f"the loss is nan in epoch 1.*{victim}.*weights are in checkpoint_latest"):
         bad.run()
     state = torch.load(tmp_path / "out" / "checkpoint_latest.pth", weights_only=True)
     assert state["epoch"] == 1 and all(torch.isfinite(v).all() for v in state["model"].values())
@@ -195,16 +229,114 @@ def test_an_error_leaves_no_loading_process_behind(tmp_path, cases, monkeypatch)
 def test_processes_that_know_nothing_of_each_other_are_refused(monkeypatch):
     monkeypatch.setenv("SLURM_NTASKS", "8")
     monkeypatch.setenv("SLURM_JOB_NAME", "train")
-    engine._check_launcher(1, 1)  # a batch script without srun
+    launch._check_launcher(1, 1)  # a batch script without srun
     with pytest.raises(UserError, match="SLURM started 1 processes"):
-        engine._check_launcher(8, 1)
+        launch._check_launcher(8, 1)
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "8")
-    engine._check_launcher(4, 2)
+    launch._check_launcher(4, 2)
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
     monkeypatch.setenv("WORLD_SIZE", "8")
-    engine._check_launcher(8, 1)
+    launch._check_launcher(8, 1)
     with pytest.raises(UserError, match="torchrun started 8 processes"):
-        engine._check_launcher(1, 1)
+        launch._check_launcher(1, 1)
+
+
+def test_one_task_of_slurm(monkeypatch):
+    """The variables that srun sets, as Fabric reads them (see test_pretrain_runs.py for two tasks)."""
+    for name, value in (("NTASKS", 1), ("STEP_NUM_TASKS", 1), ("NTASKS_PER_NODE", 1), ("NNODES", 1), ("PROCID", 0),
+                        ("LOCALID", 0), ("NODEID", 0), ("JOB_ID", 4321), ("JOB_NAME", "pretrain")):  # fmt: skip
+        monkeypatch.setenv(f"SLURM_{name}", str(value))
+    fabric = launch.make_fabric("cpu", 1, 1, True)
+    assert (fabric.world_size, fabric.global_rank, fabric.is_global_zero) == (1, 0, True)
+    with pytest.raises(UserError, match="SLURM started 1 processes"):
+        launch.make_fabric("cpu", 2, 1, True)
+
+
+def test_a_run_goes_on_on_other_gpus_only_with_the_same_negatives(tmp_path):
+    """12 patches meet in the contrastive loss: 4 on each of 3 GPUs, 3 on each of 4, but there is no way on 5."""
+    text, plain = (Pretrain(method=method, batch_size=24) for method in ("fratmae", "fratmae_notext"))
+    stray = replace(plain, shuffle_partner=True)
+    assert recipe.pass_sizes(text, 4, 3) == recipe.pass_sizes(text, 3, 4) and recipe.pass_sizes(plain, 4, 3) == {}
+    assert recipe.pass_sizes(stray, 4, 3) == recipe.pass_sizes(stray, 4, 6) != recipe.pass_sizes(stray, 3, 4)
+    same = {"settings": {}, "train": [], "held_out": []}
+    checkpoint.save({"identity": same | {"passes": recipe.pass_sizes(text, 4, 3)}}, tmp_path / checkpoint.LATEST)
+
+    def resume(micro, world):
+        asked = SimpleNamespace(folder=tmp_path, identity=same | {"passes": recipe.pass_sizes(text, micro, world)},
+                                fabric=SimpleNamespace(world_size=world))  # fmt: skip
+        return engine.Pretraining._checkpoint(asked, True)
+
+    assert resume(3, 4)
+    with pytest.raises(UserError, match="passes of 12 patches on all GPUs together.*pretrain.micro_batch_size=6"):
+        resume(4, 2)
+    with pytest.raises(UserError, match="passes of 12 patches.*take another -num_gpus"):
+        resume(4, 5)
+
+
+def test_a_signal_while_judging_saves_and_leaves_at_once(tmp_path, cases, monkeypatch):
+    options = {"epochs": 2, "held_out": 0.4, "micro_batch_size": 1}
+    whole = run(tmp_path / "whole", cases, **options)
+    asked = start(tmp_path / "cut", cases, **options)
+    original, passes = evaluation.masked_mse, []
+
+    def signalled(*arguments):
+        if asked.epoch == 1:
+            passes.append(1)
+            signal.raise_signal(signal.SIGTERM)
+        return original(*arguments)
+
+    monkeypatch.setattr(evaluation, "masked_mse", signalled)
+    with pytest.raises(SystemExit) as left:
+        asked.run()
+    assert left.value.code == 128 + signal.SIGTERM and len(passes) == 1, "of eight"
+    state = torch.load(tmp_path / "cut" / "checkpoint_latest.pth", weights_only=True)
+    assert (state["epoch"], state["step"]) == (1, asked.batches.steps)
+    monkeypatch.setattr(evaluation, "masked_mse", original)
+    assert timeless(run(tmp_path / "cut", cases, resume=True, **options)) == timeless(whole)
+
+
+class FakeWandb:
+    """What nnU-Net's logger needs of W&B, which keeps its run in the folder."""
+
+    def __init__(self):
+        self.begun, self.logged, self.ended = [], [], []
+
+    def init(self, project, dir, id, mode, resume):
+        (latest := Path(dir) / "wandb" / "latest-run").mkdir(parents=True, exist_ok=True)
+        (latest / "run-abc.wandb").touch()
+        self.begun.append((id, resume))
+        return SimpleNamespace(config={}, summary={}, step=0, finish=lambda exit_code: self.ended.append(exit_code),
+                               log=lambda values, step: self.logged.append((step, *values)))  # fmt: skip
+
+
+def test_a_resumed_run_goes_on_in_its_wandb_run(tmp_path, cases, monkeypatch):
+    monkeypatch.setenv("nnUNet_wandb_enabled", "1")
+    monkeypatch.setattr("nnunetv2.training.logging.nnunet_logger.wandb", wandb := FakeWandb())
+    original = engine.Pretraining._keep
+
+    def die_after_epoch_0(self):
+        original(self)
+        raise Killed
+
+    monkeypatch.setattr(engine.Pretraining, "_keep", die_after_epoch_0)
+    with pytest.raises(Killed):
+        run(tmp_path / "out", cases)
+    monkeypatch.setattr(engine.Pretraining, "_keep", original)
+    run(tmp_path / "out", cases, resume=True)
+    assert wandb.begun == [(None, "never"), ("abc", "allow")] and wandb.ended == [1, 0]
+    assert {(0, "held_out_PET"), (1, "held_out_PET")} <= set(wandb.logged)
+
+
+def test_without_a_working_wandb_a_run_goes_on(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("nnUNet_wandb_enabled", "1")
+    monkeypatch.setattr("nnunetv2.training.logging.nnunet_logger.wandb", None)
+    assert monitor._wandb(tmp_path, False) is None
+    assert "W&B is not installed" in capsys.readouterr().out
+    monkeypatch.setattr("nnunetv2.training.logging.nnunet_logger.wandb", FakeWandb())
+    (tmp_path / "wandb" / "latest-run").mkdir(parents=True)  # without its run
+    assert monitor._wandb(tmp_path, True) is None
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 1 and "W&B cannot be used (StopIteration" in lines[0]
 
 
 def test_a_signal_saves_and_leaves_within_an_epoch(tmp_path, cases):

@@ -6,10 +6,9 @@ import csv
 import json
 from pathlib import Path
 
-import open_clip
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch.nn.functional import normalize
 
 from nnunet_fratmae.artefact import load_pretrained
@@ -18,24 +17,12 @@ from nnUNet_raw_conversion.command import UserError
 from plans.units import to_units
 from pretraining.retrieve import candidates, classify, scores
 
-CONFIG = {
-    "embed_dim": 24,
-    "vision_cfg": {"image_size": 16, "patch_size": 8, "width": 64, "layers": 1},
-    "text_cfg": {"context_length": 40, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2},
-}
-
 
 @pytest.fixture(scope="module")
-def aligned(phantoms, tmp_path_factory) -> Path:
+def aligned(phantoms, text_tower) -> Path:
     """A run of the arm fratmae on the phantoms, with a tiny text tower from a folder."""
-    tower = tmp_path_factory.mktemp("tower")
-    (tower / "open_clip_config.json").write_text(json.dumps({"model_cfg": CONFIG, "preprocess_cfg": {}}))
-    torch.manual_seed(0)
-    vision, text = open_clip.CLIPVisionCfg(**CONFIG["vision_cfg"]), open_clip.CLIPTextCfg(**CONFIG["text_cfg"])
-    model = open_clip.CLIP(24, vision, text)
-    save_file({k: v.contiguous() for k, v in model.state_dict().items()}, str(tower / "open_clip_model.safetensors"))
-    folder = tower.parent / "aligned"
-    phantoms.run(f"fratmae_pretrain -d 7 -device cpu -o {folder} --set pretrain.text_tower={tower} "
+    folder = text_tower.parent / "aligned"
+    phantoms.run(f"fratmae_pretrain -d 7 -device cpu -o {folder} --set pretrain.text_tower={text_tower} "
                  "pretrain.text_weights=null pretrain.held_out=0.4")  # fmt: skip
     return folder
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -34,6 +36,70 @@ def test_two_processes_train_as_one(phantoms, pretraining, tmp_path):
         torch.testing.assert_close(two[name], value, atol=2e-4, rtol=1e-2)
     a, b = metrics(pretraining), metrics(tmp_path / "two")
     assert [row["held_out_PET"] for row in a] == pytest.approx([row["held_out_PET"] for row in b], rel=1e-3)
+
+
+@pytest.fixture(scope="module")
+def half_told(phantoms, tmp_path_factory) -> dict[str, str]:
+    """The phantoms of which every second one is without metadata, as nnUNet_preprocessed."""
+    folder = tmp_path_factory.mktemp("half_told")
+    (source,) = phantoms.preprocessed.glob("Dataset007_*")
+    shutil.copytree(source, folder / source.name)
+    table = folder / source.name / "clinical.csv"
+    head, *rows = table.read_text().splitlines(keepends=True)
+    table.write_text(head + "".join(rows[::2]))
+    return {"nnUNet_preprocessed": str(folder)}
+
+
+@pytest.fixture(scope="module")
+def aligned(phantoms, half_told, text_tower, tmp_path_factory) -> tuple[str, Path]:
+    """A command with text whose batch of 4 is 2 passes of 2 patches, and what it leaves in one process."""
+    command = ("fratmae_pretrain -d 7 -device cpu -o {folder} -num_gpus {world} --set pretrain.text_weights=null "
+               f"pretrain.text_tower={text_tower} pretrain.batch_size=4 pretrain.patches_per_case=2 pretrain.epochs=1 "
+               "pretrain.micro_batch_size={micro}")  # fmt: skip
+    folder = tmp_path_factory.mktemp("aligned") / "one"
+    phantoms.run(command.format(folder=folder, world=1, micro=2), **half_told)
+    return command, folder
+
+
+def run_under_srun(workspace, command: str, tasks: int, variables: dict[str, str]) -> None:
+    """The tasks of a SLURM step on one node, with the variables that srun gives them."""
+    program, *arguments = command.split()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    step = {"NTASKS": tasks, "STEP_NUM_TASKS": tasks, "NTASKS_PER_NODE": tasks, "NNODES": 1, "NODEID": 0,
+            "JOB_ID": 4321, "JOB_NAME": "pretrain"}  # fmt: skip
+    started = []
+    for task in range(tasks):
+        slurm = {f"SLURM_{k}": str(v) for k, v in (step | {"PROCID": task, "LOCALID": task}).items()}
+        started.append(subprocess.Popen(
+            [str(Path(sys.executable).parent / program), *arguments], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL,
+            env={**os.environ, **workspace.variables, **variables, **slurm, **address},
+        ))  # fmt: skip
+    for process in started:
+        _, errors = process.communicate()
+        assert process.returncode == 0, errors.decode()[-2000:]
+
+
+@pytest.mark.parametrize("launcher", ["torchrun", pytest.param("srun", marks=pytest.mark.slow)])
+def test_two_processes_of_a_launcher_and_two_passes_are_one_process(phantoms, aligned, half_told, tmp_path, launcher):
+    """Accumulation, gathered negatives and cases without text at once: what one process makes of the joint passes."""
+    command, one = aligned
+    command = command.format(folder=tmp_path / "two", world=2, micro=1)
+    if launcher == "torchrun":
+        program, arguments = command.split(" ", 1)
+        program = Path(sys.executable).parent / program
+        output = phantoms.run(f"torchrun --standalone --nproc_per_node 2 {program} {arguments}", **half_told)
+        assert output.count("next: FRATMAE_PRETRAINED") == 1, "one process speaks"
+    else:
+        run_under_srun(phantoms, command, 2, half_told)
+    (a,), (b,) = metrics(one), metrics(tmp_path / "two")
+    assert a["train_text"] > 0 and a["train_text"] == pytest.approx(b["train_text"], rel=1e-3)
+    assert a["held_out_PET"] == pytest.approx(b["held_out_PET"], rel=1e-3)
+    for name in ("encoders.safetensors", "context_align.safetensors"):
+        expected, found = (load_file(folder / name) for folder in (one, tmp_path / "two"))
+        for key, value in expected.items():
+            torch.testing.assert_close(found[key], value, atol=2e-4, rtol=1e-2, msg=lambda m, key=key: f"{key}: {m}")
 
 
 def killed_run(workspace, command: str, folder: Path, kills: int, generator: random.Random) -> int:

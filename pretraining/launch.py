@@ -1,0 +1,43 @@
+"""The processes of a pretraining: on one CPU or GPU, on several of one node, or as torchrun and SLURM started them."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from lightning_fabric import Fabric
+from lightning_fabric.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
+from lightning_fabric.strategies import DDPStrategy
+
+from nnUNet_raw_conversion.command import UserError
+
+
+def make_fabric(device: str, gpus: int, nodes: int, is_cross_modal: bool) -> Fabric:
+    """Launched Fabric on `gpus` GPUs (or CPU processes) of each of `nodes` nodes; torchrun and SLURM are found.
+
+    Raises:
+        UserError: they started another number of processes.
+    """
+    _check_launcher(gpus, nodes)
+    is_bf16 = device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    # The decoder of the modality that is whole rests in a step
+    ddp = DDPStrategy(find_unused_parameters=is_cross_modal, broadcast_buffers=False)
+    fabric = Fabric(
+        accelerator=device, devices=gpus, num_nodes=nodes, strategy=ddp if gpus * nodes > 1 else "auto",
+        precision="bf16-mixed" if is_bf16 else "32-true",
+    )  # fmt: skip
+    fabric.launch()
+    return fabric
+
+
+def _check_launcher(gpus: int, nodes: int) -> None:
+    """Processes of torchrun and srun that know nothing of each other would be as many runs in one folder."""
+    if TorchElasticEnvironment.detect():
+        launcher, started = "torchrun", TorchElasticEnvironment().world_size()
+    elif SLURMEnvironment.detect():  # a batch script without srun is one process
+        launcher, started = "SLURM", int(os.environ.get("SLURM_STEP_NUM_TASKS", 1))
+    else:
+        return
+    if started != gpus * nodes:
+        raise UserError(f"-num_gpus {gpus} on -num_nodes {nodes}: {launcher} started {started} processes; start one "
+                        "for each GPU (srun --ntasks-per-node, torchrun --nproc_per_node)")  # fmt: skip
