@@ -90,6 +90,7 @@ setup(
             "fratmae_export = pretraining.export:main",
             "fratmae_retrieve = pretraining.retrieve:main",
             "fratmae_predict_stage = nnunet_fratmae.predict_stage:main",
+            "fratmae_fill_missing = nnunet_fratmae.fill_missing:main",
         ]
     },
 )

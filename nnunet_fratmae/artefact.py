@@ -58,7 +58,7 @@ def check_artefact(pretrained: str | Path) -> Contract:
 
 
 def load_encoders(pretrained: str | Path, encoders: nn.ModuleDict) -> list[str]:
-    """Load an artefact's weights into the encoders CT and PET of a network; every weight must find its place.
+    """Load an artefact's weights into the encoders of a network, CT, PET or both; every weight must find its place.
 
     Returns:
         Lines for the log: what was loaded.
@@ -68,7 +68,8 @@ def load_encoders(pretrained: str | Path, encoders: nn.ModuleDict) -> list[str]:
     """
     contract = check_artefact(pretrained)
     path, _ = locate_artefact(pretrained)
-    weights = load_file(path)
+    left_out = [modality for modality in contract.modalities if modality not in encoders]
+    weights = {name: value for name, value in load_file(path).items() if name.split(".")[0] not in left_out}
     problems = compare(encoders.state_dict(), weights)
     if problems:
         raise UserError(f"{path}: does not fit the network ({len(problems)} keys: {'; '.join(problems[:3])} ...)")
@@ -82,6 +83,10 @@ def load_encoders(pretrained: str | Path, encoders: nn.ModuleDict) -> list[str]:
             f"  {modality} encoder: {sum(name.startswith(modality) for name in weights)} tensors loaded, 0 missing, "
             f"0 left over (cls_token, patch_embed, blocks.0 to blocks.{contract.depth - 1}, norm)"
             for modality in encoders
+        ),
+        *(
+            f"  {modality} encoder: not loaded, this network sees no {modality} (fratmae.modalities)"
+            for modality in left_out
         ),
     ]
 

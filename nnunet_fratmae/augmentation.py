@@ -5,7 +5,8 @@ brightness (scales a CT from air upwards, and PET by up to 25 %), contrast and g
 the mean of the patch, which says nothing in absolute units), Gaussian noise (of one size for CT and PET, 150 HU at
 most). Blur and low resolution stay: they are what another reconstruction or voxel size does. In place of those that
 are off come a factor on the PET (calibration, uptake time), an offset on the CT (tube voltage, scanner), noise as
-strong as that of low-dose CT and proportional to uptake in PET, and on demand a shift of the CT against the PET.
+strong as that of low-dose CT and proportional to uptake in PET, and on demand a shift of the CT against the PET and
+patches in which one of them is missing.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from batchgeneratorsv2.transforms.utils.random import RandomTransform
 from torch import Tensor
 
 from nnUNet_raw_conversion.command import UserError
+from plans.extension import absent_values
 from plans.settings import Finetune
 from plans.units import PRETRAINING_UNITS, shift_above_air
 
@@ -36,27 +38,31 @@ class PhysicalTransform(ImageOnlyTransform):
     """Changes CT and PET in pretraining units, whatever the plans' normalisation and order of channels is.
 
     Args:
-        channels: index of the CT and of the PET in an image (C, *patch).
+        channels: index of the CT and of the PET in an image (C, *patch); None: it is not used and stays.
         scale, shift: pretraining units = scale * plans' value + shift, for CT and for PET.
         ct, pet: strength of the change, for each transform to read.
     """
 
     def __init__(
-        self, channels: Sequence[int], scale: Sequence[float], shift: Sequence[float], ct: float, pet: float
+        self, channels: Sequence[int | None], scale: Sequence[float], shift: Sequence[float], ct: float, pet: float
     ) -> None:
         super().__init__()
         self.channels, self.scale, self.shift = list(channels), list(scale), list(shift)
         self.ct, self.pet = ct / PRETRAINING_UNITS["CT"].std, pet
 
     def _apply_to_image(self, img: Tensor, **params: Any) -> Tensor:
-        of_channels = list(zip(self.channels, self.scale, self.shift, strict=True))
-        ct, pet = (img[channel] * scale + shift for channel, scale, shift in of_channels)
-        for (channel, scale, shift), changed in zip(of_channels, self.change(ct, pet, **params), strict=True):
-            img[channel] = (changed - shift) / scale
+        changes = (self.change_ct, self.change_pet)
+        for change, channel, scale, shift in zip(changes, self.channels, self.scale, self.shift, strict=True):
+            if channel is not None:
+                img[channel] = (change(img[channel] * scale + shift, **params) - shift) / scale
         return img
 
-    def change(self, ct: Tensor, pet: Tensor, **params: Any) -> tuple[Tensor, Tensor]:
-        """CT and PET, each of the patch's shape, as they become."""
+    def change_ct(self, ct: Tensor, **params: Any) -> Tensor:
+        """The CT, of the patch's shape, as it becomes."""
+        raise NotImplementedError
+
+    def change_pet(self, pet: Tensor, **params: Any) -> Tensor:
+        """The PET, of the patch's shape, as it becomes."""
         raise NotImplementedError
 
 
@@ -67,8 +73,11 @@ class Calibration(PhysicalTransform):
         offset, exponent = torch.randn(2).tolist()
         return {"ct_offset": self.ct * offset, "pet_factor": math.exp(self.pet * exponent)}
 
-    def change(self, ct: Tensor, pet: Tensor, **params: Any) -> tuple[Tensor, Tensor]:
-        return shift_above_air(ct, params["ct_offset"]), pet * params["pet_factor"]
+    def change_ct(self, ct: Tensor, **params: Any) -> Tensor:
+        return shift_above_air(ct, params["ct_offset"])
+
+    def change_pet(self, pet: Tensor, **params: Any) -> Tensor:
+        return pet * params["pet_factor"]
 
 
 class ScannerNoise(PhysicalTransform):
@@ -78,9 +87,32 @@ class ScannerNoise(PhysicalTransform):
         ct, pet = torch.rand(2).tolist()
         return {"ct_noise": self.ct * ct, "pet_noise": self.pet * pet}
 
-    def change(self, ct: Tensor, pet: Tensor, **params: Any) -> tuple[Tensor, Tensor]:
-        ct = shift_above_air(ct, params["ct_noise"] * torch.randn_like(ct))
-        return ct, pet * (1 + params["pet_noise"] * torch.randn_like(pet))
+    def change_ct(self, ct: Tensor, **params: Any) -> Tensor:
+        return shift_above_air(ct, params["ct_noise"] * torch.randn_like(ct))
+
+    def change_pet(self, pet: Tensor, **params: Any) -> Tensor:
+        return pet * (1 + params["pet_noise"] * torch.randn_like(pet))
+
+
+class MissingModality(ImageOnlyTransform):
+    """Either the CT or the PET, each as often, becomes what a missing one is at prediction: one value everywhere.
+
+    Args:
+        channels: index of the CT and of the PET in an image (C, *patch).
+        values: of a missing CT and of a missing PET in the plans' normalisation.
+    """
+
+    def __init__(self, channels: Sequence[int], values: Sequence[float]) -> None:
+        super().__init__()
+        self.missing = list(zip(channels, values, strict=True))
+
+    def get_parameters(self, **_: Any) -> dict[str, int]:
+        return {"missing": int(torch.randint(len(self.missing), ()))}
+
+    def _apply_to_image(self, img: Tensor, **params: Any) -> Tensor:
+        channel, value = self.missing[params["missing"]]
+        img[channel] = value
+        return img
 
 
 def misalign(channel: int, millimetres: float, spacing: Sequence[float]) -> BasicTransform:
@@ -101,21 +133,21 @@ def misalign(channel: int, millimetres: float, spacing: Sequence[float]) -> Basi
 
 
 def physical_augmentation(
-    stock: ComposeTransforms, finetune: Finetune, network: dict[str, Any], spacing: Sequence[float]
+    stock: ComposeTransforms, finetune: Finetune, plans: dict[str, Any], config: dict[str, Any]
 ) -> ComposeTransforms:
     """nnU-Net's training transforms with its intensity transforms replaced, everything else as it is.
 
     Args:
-        network: keyword arguments of the network, which say what is CT and PET and in which units.
-        spacing: mm along the plans' axes.
+        config: the configuration of `plans`, which says what is CT and PET, in which units and of what spacing.
     """
+    network = config["architecture"]["arch_kwargs"]
     arguments = [network[name] for name in ("modalities", "scale", "shift")]
     ours: list[BasicTransform] = [
         Calibration(*arguments, ct=finetune.ct_shift, pet=finetune.pet_scale),
         RandomTransform(ScannerNoise(*arguments, ct=CT_NOISE, pet=PET_NOISE), P_NOISE),
     ]
     if finetune.misalignment:
-        moved = misalign(network["modalities"][0], finetune.misalignment, spacing)
+        moved = misalign(network["modalities"][0], finetune.misalignment, config["spacing"])
         ours.insert(0, RandomTransform(moved, P_MISALIGNMENT))
     transforms: list[BasicTransform] = []
     for transform in stock.transforms:
@@ -124,4 +156,8 @@ def physical_augmentation(
             transforms, ours = transforms + ours, []
         if not of_intensity or isinstance(transform.transform, KEPT):
             transforms.append(transform)
-    return ComposeTransforms(transforms + ours)
+    transforms += ours
+    if finetune.modality_dropout:  # last: nothing changes it any more, as nothing does at prediction
+        missing = MissingModality(network["modalities"], absent_values(plans, config))
+        transforms.append(RandomTransform(missing, finetune.modality_dropout))
+    return ComposeTransforms(transforms)

@@ -1,4 +1,5 @@
-"""fratmae_predict_stage: classes of whole-body studies by a trained model folder of FratMAEStagingTrainer."""
+"""fratmae_predict_stage: classes of whole-body studies by a trained model folder of FratMAEStagingTrainer, or of
+FratMAETrainer with finetune.stage_weight."""
 
 from __future__ import annotations
 
@@ -14,10 +15,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from nnUNet_raw_conversion.command import UserError, renamed, run_command
-from plans.extension import find_modalities
+from nnUNet_raw_conversion.command import UserError, check_device, renamed, run_command
+from plans.extension import JOINT_NETWORK, find_modalities
 from plans.settings import STACKS, Settings
-from plans.staging import NETWORK, STAGING_CONFIGURATION
+from plans.staging import NETWORK, STAGING_CONFIGURATION, staging_plans
 from plans.units import PRETRAINING_UNITS
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ def main() -> None:
                         help="images named as in nnU-Net: CASE_0000 (CT, HU) and CASE_0001 (PET, SUVbw)")  # fmt: skip
     parser.add_argument("-o", type=Path, required=True, metavar="FOLDER", help=f"for {TABLE} and a picture a case")
     parser.add_argument("-m", type=Path, required=True, metavar="FOLDER",
-                        help="model folder: FratMAEStagingTrainer__FratMAEPlans__wholebody")  # fmt: skip
+                        help="model folder, such as FratMAEStagingTrainer__FratMAEPlans__wholebody")  # fmt: skip
     parser.add_argument("-f", nargs="+", metavar="FOLD", help="folds to average (default: all that are trained)")
     parser.add_argument("-chk", default=CHECKPOINT, metavar="NAME", help=f"checkpoint of each fold ({CHECKPOINT})")
     parser.add_argument("-device", default="cuda", choices=("cuda", "cpu", "mps"), help="where to compute (cuda)")
@@ -49,13 +50,12 @@ def _run(args: argparse.Namespace) -> None:
     checkpoints = find_checkpoints(args.m, args.f, args.chk)
     studies = find_studies(args.i, dataset_json)
 
-    import torch  # here and not above: it takes seconds, and an error above should not
     from tqdm import tqdm
 
+    # Here and not above: it imports torch, which takes seconds, and an error above should not
     from plans.wholebody import read_study
 
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("-device cuda: there is no GPU here; say -device cpu")
+    check_device(args.device)
     networks = [load_network(plans, dataset_json, path).to(args.device) for path in checkpoints]
     print(f"{len(studies)} studies, folds {', '.join(path.parent.name[5:] for path in checkpoints)}")
     args.o.mkdir(parents=True, exist_ok=True)
@@ -76,20 +76,23 @@ def _run(args: argparse.Namespace) -> None:
 
 
 def read_model(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """plans.json and dataset.json of a model folder.
+    """plans.json and dataset.json of a model folder; of a joint model, as if its classifier had been trained alone.
 
     Raises:
-        UserError: they are not there, or are no model of FratMAEStagingTrainer.
+        UserError: they are not there, or are no model with a classifier.
     """
     try:
         plans, dataset_json = (json.loads((folder / name).read_text()) for name in ("plans.json", "dataset.json"))
     except (OSError, json.JSONDecodeError) as error:
         raise UserError(f"-m {folder}: plans.json or dataset.json cannot be read ({type(error).__name__}); give a "
                         "folder ...__FratMAEPlans__wholebody of nnUNet_results") from None  # fmt: skip
-    configuration = plans.get("configurations", {}).get(STAGING_CONFIGURATION, {})
-    if configuration.get("architecture", {}).get("network_class_name") != NETWORK:
-        raise UserError(f"-m {folder}: is no model of FratMAEStagingTrainer; segmentations are predicted by "
-                        "nnUNetv2_predict")  # fmt: skip
+    architectures = [config.get("architecture", {}) for config in plans.get("configurations", {}).values()]
+    for architecture in architectures:
+        if architecture.get("network_class_name") == JOINT_NETWORK:
+            return staging_plans(plans, architecture["arch_kwargs"]["stages"]["classes"]), dataset_json
+    if NETWORK not in [architecture.get("network_class_name") for architecture in architectures]:
+        raise UserError(f"-m {folder}: has no classifier; give a model of FratMAEStagingTrainer, or of FratMAETrainer "
+                        "with finetune.stage_weight above 0 (nnUNetv2_predict segments)")
     return plans, dataset_json
 
 
@@ -146,7 +149,7 @@ def write_stages(path: Path, classes: Sequence[str], rows: Sequence[tuple[str, n
 def load_network(plans: dict[str, Any], dataset_json: dict[str, Any], checkpoint: Path) -> nn.Module:
     """The network that plans.json describes with the weights of a checkpoint, in evaluation mode.
 
-    Nothing in the file is executed (weights_only), since models are passed on.
+    Nothing in the file is executed (weights_only), since models are passed on. A joint model's decoder is left out.
 
     Raises:
         UserError: the file is damaged or of another network.
@@ -156,8 +159,12 @@ def load_network(plans: dict[str, Any], dataset_json: dict[str, Any], checkpoint
 
     kwargs = plans["configurations"][STAGING_CONFIGURATION]["architecture"]["arch_kwargs"]
     network = get_network_from_plans(NETWORK, kwargs, [], len(dataset_json["channel_names"]), len(kwargs["classes"]))
+    # nnU-Net logs the Dice of each epoch as scalars of numpy
+    scalars = [np.float64(0).__reduce__()[0], np.dtype, type(np.dtype(np.float32)), type(np.dtype(np.float64))]
     try:
-        network.load_state_dict(torch.load(checkpoint, map_location="cpu", weights_only=True)["network_weights"])
+        with torch.serialization.safe_globals(scalars):
+            weights = torch.load(checkpoint, map_location="cpu", weights_only=True)["network_weights"]
+        network.load_state_dict({k: v for k, v in weights.items() if not k.startswith("decoder.")})
     except Exception as error:  # noqa: BLE001 - unpickling raises anything
         raise UserError(f"{checkpoint}: cannot be read as weights of the network in plans.json ({type(error).__name__}"
                         "); copy the model folder again") from None  # fmt: skip

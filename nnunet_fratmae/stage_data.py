@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 
+from plans.extension import find_modalities
 from plans.settings import Pretrain, WholeBody
 from plans.units import PRETRAINING_UNITS
 from pretraining.data import Case, Key, View, augment, read_patch, window
@@ -46,6 +49,28 @@ class StagingStudies(Dataset):
             float(self.options.ct_shift * shift / PRETRAINING_UNITS["CT"].std),
         )
         return {"data": augment(read_patch(case, view.window), view), "target": label}
+
+
+def list_studies(store: Path, labels: Mapping[str, int], dataset_json: dict[str, Any]) -> list[tuple[Case, int]]:
+    """The cases of a whole-body grid store that are in `labels`, each with the number of its class."""
+    channels = tuple(find_modalities(dataset_json))
+    return [(Case(store / f"{name}.b2nd", name, channels), label) for name, label in labels.items()]
+
+
+def in_order(studies: StagingStudies, batch_size: int, **how: Any) -> DataLoader:
+    """Batches of all studies in their order, each once; `how`: further arguments of DataLoader."""
+    keys = [(0, index) for index in range(len(studies))]
+    return DataLoader(studies, batch_sampler=[keys[i : i + batch_size] for i in range(0, len(keys), batch_size)], **how)
+
+
+@torch.no_grad()
+def classify_all(
+    network: Callable[[Tensor], Tensor], batches: DataLoader, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Logits (n, classes) in float32 and labels (n,) of all studies of a loader, on `device`."""
+    found = [(network(batch["data"].to(device)).float(), batch["target"].to(device)) for batch in batches]
+    logits, labels = (torch.cat(parts) for parts in zip(*found, strict=True))
+    return logits, labels
 
 
 def central_window(whole: WholeBody, phase: float = 0.0) -> tuple[slice, slice, slice]:

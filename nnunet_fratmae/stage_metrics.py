@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from sklearn.metrics import confusion_matrix, roc_auc_score
 
+from nnUNet_raw_conversion.command import renamed
+
 ECE_BINS = 10
+FIGURES = ("accuracy", "macro_sensitivity", "auc", "ece", "brier")
 
 
 def calibration_error(labels: np.ndarray, probabilities: np.ndarray, bins: int = ECE_BINS) -> float:
@@ -59,3 +64,41 @@ def stage_metrics(labels: Sequence[int], probabilities: np.ndarray, classes: Seq
         "sensitivity": sensitivity,
         "confusion": table.tolist(),  # rows are the truth
     }
+
+
+def save_summary(
+    path: Path,
+    target: str,
+    classes: Sequence[str],
+    labels: Mapping[str, int],
+    probabilities: np.ndarray,
+    chosen_on_these_cases: bool,
+) -> tuple[dict[str, Any], str]:
+    """Write the figures of a validation and the probabilities of each case as JSON.
+
+    Args:
+        labels: the number of the class of each of n cases.
+        probabilities: (n, classes), in the same order.
+        chosen_on_these_cases: whether they chose the epoch; then the figures are too good.
+
+    Returns:
+        The figures, and a line for the log.
+    """
+    figures = stage_metrics(list(labels.values()), probabilities, classes)
+    summary = {
+        "target": target,
+        "classes": list(classes),
+        "cases": len(labels),
+        "chosen_on_these_cases": chosen_on_these_cases,
+        "mean": figures,
+        "metric_per_case": [
+            {"case": case, "label": classes[label], "predicted": classes[int(np.argmax(p))],
+             "probabilities": dict(zip(classes, map(float, p), strict=True))}
+            for (case, label), p in zip(labels.items(), probabilities, strict=True)
+        ],
+    }  # fmt: skip
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with renamed(path) as partial:
+        partial.write_text(json.dumps(summary, indent=4))
+    said = [f"{name} {'undefined' if figures[name] is None else format(figures[name], '.3f')}" for name in FIGURES]
+    return figures, f"Validation of {len(labels)} cases: {', '.join(said)}"

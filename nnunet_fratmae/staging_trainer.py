@@ -5,8 +5,6 @@
 
 from __future__ import annotations
 
-import json
-import shutil
 from functools import cached_property
 from pathlib import Path
 from time import time
@@ -14,25 +12,33 @@ from typing import Any
 
 import numpy as np
 import torch
-from batchgenerators.utilities.file_and_folder_operations import save_json
+from batchgenerators.utilities.file_and_folder_operations import load_json, save_json
 from matplotlib.figure import Figure
 from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
 
+from nnunet_fratmae.nnunet_api import curves
 from nnunet_fratmae.optimization import CosineSchedule, parameter_groups
-from nnunet_fratmae.stage_data import StagingStudies, WeightedCrossEntropy, class_weights
-from nnunet_fratmae.stage_metrics import stage_metrics
+from nnunet_fratmae.stage_data import (
+    StagingStudies,
+    WeightedCrossEntropy,
+    class_weights,
+    classify_all,
+    in_order,
+    list_studies,
+)
+from nnunet_fratmae.stage_metrics import FIGURES, save_summary, stage_metrics
 from nnunet_fratmae.trainer import FratMAETrainer, prepare_plans
-from nnUNet_raw_conversion.command import UserError, nnunet_folder, renamed
+from nnUNet_raw_conversion.command import UserError, nnunet_folder
 from nnUNet_raw_conversion.pictures import save_figure
 from plans.extension import find_modalities
 from plans.staging import STAGING_CONFIGURATION, Cohort, read_cohort, staging_plans
-from pretraining.data import Batches, Case
+from pretraining.data import Batches
 
 CURVES = ("val_accuracy", "val_macro_sensitivity", "val_auc")
-FIGURES = ("accuracy", "macro_sensitivity", "auc", "ece", "brier")
 DICE_LISTS = ("mean_fg_dice", "ema_fg_dice", "dice_per_class_or_region")
 
 
@@ -56,14 +62,15 @@ class FratMAEStagingTrainer(FratMAETrainer):
             raise SystemExit("FratMAEStagingTrainer: error: -num_gpus: a step has too few studies to share; train the "
                              "folds side by side, each on its own GPU (CUDA_VISIBLE_DEVICES)")  # fmt: skip
         super().__init__(plans, configuration, fold, dataset_json, device)
-        curves = self.logger.local_logger.my_fantastic_logging
+        self.build_network_architecture = super().build_network_architecture  # where the class itself refuses
         for name in DICE_LISTS:
-            curves.pop(name, None)
-        curves.update({name: [] for name in CURVES})
+            curves(self).pop(name, None)
+        curves(self).update({name: [] for name in CURVES})
 
     def prepare(
         self, plans: dict[str, Any], configuration: str, fold: int, dataset_json: dict[str, Any]
     ) -> tuple[dict[str, Any], list[str]]:
+        find_modalities(dataset_json)  # the whole-body grid has both
         if configuration != STAGING_CONFIGURATION or configuration not in plans["configurations"]:
             raise UserError(f"configuration {configuration} of {plans['plans_name']}: staging reads the whole-body grid"
                             f"; say nnUNetv2_train ID {STAGING_CONFIGURATION} FOLD -tr {type(self).__name__} -p "
@@ -71,6 +78,12 @@ class FratMAEStagingTrainer(FratMAETrainer):
         plans, notes = prepare_plans(plans, "3d_fullres", dataset_json)
         cohort = read_cohort(nnunet_folder("nnUNet_preprocessed") / plans["dataset_name"], plans, fold)
         return staging_plans(plans, cohort.classes), notes
+
+    @staticmethod
+    def build_network_architecture(plans_manager: PlansManager, *args: Any, **kwargs: Any) -> nn.Module:
+        """Of the class, not of a trainer, it is nnU-Net's prediction that asks for the network: of segmentations."""
+        raise SystemExit("FratMAEStagingTrainer: error: nnUNetv2_predict segments, this model classifies whole bodies; "
+                         "say fratmae_predict_stage -i IMAGES -o OUT -m MODELFOLDER")  # fmt: skip
 
     def _use_finetune_settings(self) -> None:
         super()._use_finetune_settings()
@@ -116,7 +129,8 @@ class FratMAEStagingTrainer(FratMAETrainer):
     def get_dataloaders(self) -> tuple[DataLoader, DataLoader]:
         """Training batches in an order of each epoch's own, and all validation cases in theirs."""
         staging, whole = self.settings.staging, self.settings.wholebody
-        training = StagingStudies(self._cases(self.cohort.training), whole, self.settings.pretrain, staging.seed)
+        studies = list_studies(Path(self.preprocessed_dataset_folder), self.cohort.training, self.dataset_json)
+        training = StagingStudies(studies, whole, self.settings.pretrain, staging.seed)
         size = self.configuration_manager.batch_size
         batches = Batches(len(training), size, size, rank=0, world=1, seed=staging.seed)
         how = {"num_workers": min(staging.workers, get_allowed_n_proc_DA()), "pin_memory": self.device.type == "cuda"}
@@ -124,14 +138,8 @@ class FratMAEStagingTrainer(FratMAETrainer):
         return DataLoader(training, batch_sampler=batches, **how), self._validation_loader(**how)
 
     def _validation_loader(self, **how: Any) -> DataLoader:
-        studies = StagingStudies(self._cases(self.cohort.validation), self.settings.wholebody)
-        size = self.configuration_manager.batch_size
-        keys = [(0, index) for index in range(len(studies))]
-        return DataLoader(studies, batch_sampler=[keys[i : i + size] for i in range(0, len(keys), size)], **how)
-
-    def _cases(self, labels: dict[str, int]) -> list[tuple[Case, int]]:
-        store, channels = Path(self.preprocessed_dataset_folder), tuple(find_modalities(self.dataset_json))
-        return [(Case(store / f"{name}.b2nd", name, channels), label) for name, label in labels.items()]
+        studies = list_studies(Path(self.preprocessed_dataset_folder), self.cohort.validation, self.dataset_json)
+        return in_order(StagingStudies(studies, self.settings.wholebody), self.configuration_manager.batch_size, **how)
 
     # -------------------------------------------------------------------------------------------------- the training
 
@@ -162,8 +170,9 @@ class FratMAEStagingTrainer(FratMAETrainer):
         save_json(self.plans_manager.plans, f"{self.output_folder_base}/plans.json", sort_keys=False)
         save_json(self.dataset_json, f"{self.output_folder_base}/dataset.json", sort_keys=False)
         fingerprint = Path(self.preprocessed_dataset_folder_base) / "dataset_fingerprint.json"
-        if fingerprint.is_file():  # nnUNetv2_export_model_to_zip wants it; without segmentations there is none
-            shutil.copy(fingerprint, self.output_folder_base)
+        # nnUNetv2_export_model_to_zip wants one; without segmentations there is none
+        contents = load_json(str(fingerprint)) if fingerprint.is_file() else {}
+        save_json(contents, f"{self.output_folder_base}/dataset_fingerprint.json", sort_keys=False)
 
     def on_train_epoch_start(self) -> None:
         super().on_train_epoch_start()
@@ -176,12 +185,10 @@ class FratMAEStagingTrainer(FratMAETrainer):
         loss = float(np.mean([output["loss"] for output in train_outputs]))
         self.logger.log("train_losses", loss, self.current_epoch)
 
-    @torch.no_grad()
     def predict(self, loader: DataLoader) -> dict[str, Any]:
         """Labels (n,), probabilities (n, classes) and loss of all cases of a loader, computed in float32."""
         self.network.eval()
-        batches = [(self.network(b["data"].to(self.device)).float(), b["target"].to(self.device)) for b in loader]
-        logits, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
+        logits, labels = classify_all(self.network, loader, self.device)
         loss, probabilities = float(self.loss(logits, labels)), logits.softmax(1).cpu().numpy()
         return {"labels": labels.cpu().numpy(), "probabilities": probabilities, "loss": loss}
 
@@ -234,26 +241,12 @@ class FratMAEStagingTrainer(FratMAETrainer):
         """fold_X/validation/summary.json: figures of this fold and the probabilities of each case (so --npz adds
         nothing)."""
         found = self.predict(self._validation_loader())
-        figures = stage_metrics(found["labels"], found["probabilities"], self.classes)
-        summary = {
-            "target": self.settings.staging.target,
-            "classes": self.classes,
-            "cases": len(found["labels"]),
-            # figures of cases that chose the epoch are too good; those of other data, or without patience, are not
-            "chosen_on_these_cases": self.patience is not None,
-            "mean": figures,
-            "metric_per_case": [
-                {"case": case, "label": self.classes[label], "predicted": self.classes[int(np.argmax(p))],
-                 "probabilities": dict(zip(self.classes, map(float, p), strict=True))}
-                for case, label, p in zip(self.cohort.validation, found["labels"], found["probabilities"], strict=True)
-            ],
-        }  # fmt: skip
-        folder = Path(self.output_folder) / "validation"
-        folder.mkdir(parents=True, exist_ok=True)
-        with renamed(folder / "summary.json") as partial:
-            partial.write_text(json.dumps(summary, indent=4))
+        figures, said = save_summary(
+            Path(self.output_folder) / "validation" / "summary.json", self.settings.staging.target, self.classes,
+            self.cohort.validation, found["probabilities"],
+            chosen_on_these_cases=self.patience is not None,  # without patience the last epoch is kept
+        )  # fmt: skip
         for name in FIGURES:
             if figures[name] is not None:
                 self.logger.log_summary(f"final_val/{name}", figures[name])
-        said = [f"{name} {'undefined' if figures[name] is None else format(figures[name], '.3f')}" for name in FIGURES]
-        self.print_to_log_file(f"Validation of {len(found['labels'])} cases: {', '.join(said)}")
+        self.print_to_log_file(said)

@@ -10,9 +10,11 @@ import json
 import math
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from batchgeneratorsv2.transforms.base.basic_transform import BasicTransform
 from nnunetv2.configuration import ANISO_THRESHOLD
@@ -24,10 +26,13 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from nnunet_fratmae.artefact import check_artefact, load_encoders
 from nnunet_fratmae.augmentation import misalign, physical_augmentation
+from nnunet_fratmae.joint import TRAIN_CURVE, VALIDATION_CURVES, StageBranch, add_branch
+from nnunet_fratmae.nnunet_api import check_overrides, curves, take_resume
 from nnunet_fratmae.optimization import CosineSchedule, parameter_groups
 from nnUNet_raw_conversion.command import UserError
 from plans.extension import extend_plans, follow_artefact
 from plans.settings import Settings
+from plans.units import MODALITIES
 
 PRETRAINED_VARIABLE = "FRATMAE_PRETRAINED"
 ROTATION = math.radians(15)  # a patient on the table is never further off
@@ -40,7 +45,8 @@ class FratMAETrainer(nnUNetTrainer):
     On plain nnU-Net plans it extends them in memory (plans/extension.py). The pretrained encoders come from
     `fratmae.pretrained` in the plans, else the environment variable FRATMAE_PRETRAINED, else there are none, and none
     with `fratmae.finetune.from_scratch`; preset and token patch follow the artefact. Augmentation keeps the meaning of
-    HU and SUV (nnunet_fratmae/augmentation.py). GPUs that can, compute in bfloat16 instead of float16.
+    HU and SUV (nnunet_fratmae/augmentation.py). GPUs that can, compute in bfloat16 instead of float16. With
+    `fratmae.finetune.stage_weight` whole bodies are classified along (nnunet_fratmae/joint.py).
 
     A user's error ends the command in one line (SystemExit) before a folder is made; under -num_gpus, torch prints the
     traceback of the process it happened in as well.
@@ -54,7 +60,8 @@ class FratMAETrainer(nnUNetTrainer):
         dataset_json: dict[str, Any],
         device: torch.device = torch.device("cuda"),  # noqa: B008 - nnU-Net compares signatures
     ) -> None:
-        continue_training = plans.pop("continue_training", False)
+        check_overrides(type(self).__name__)
+        resume = take_resume(plans)
         self.notes, self.preparation_error = [], None
         try:
             prepared, self.notes = self.prepare(plans, configuration, fold, dataset_json)
@@ -66,8 +73,9 @@ class FratMAETrainer(nnUNetTrainer):
                 raise SystemExit(f"{type(self).__name__}: error: {error}") from None
             self.preparation_error = error
             plans = {**plans, "fratmae": {}}  # those of the checkpoint take their place
-        super().__init__({**plans, "continue_training": continue_training}, configuration, fold, dataset_json, device)
+        super().__init__({**plans, **resume}, configuration, fold, dataset_json, device)
         self._use_finetune_settings()
+        self.branch: StageBranch | None = None  # of a joint training, from its start
         if self.uses_bf16:
             self.grad_scaler = None  # bfloat16 has the range of float32
 
@@ -75,7 +83,8 @@ class FratMAETrainer(nnUNetTrainer):
         self, plans: dict[str, Any], configuration: str, fold: int, dataset_json: dict[str, Any]
     ) -> tuple[dict[str, Any], list[str]]:
         """Plans as this trainer trains them, and notes for the log; a trainer for another task has its own."""
-        return prepare_plans(plans, configuration, dataset_json)
+        plans, notes = prepare_plans(plans, configuration, dataset_json)
+        return add_branch(plans, configuration, fold), notes
 
     @classmethod
     def _model_folder(cls, plans: dict[str, Any], configuration: str) -> Path:
@@ -150,11 +159,73 @@ class FratMAETrainer(nnUNetTrainer):
 
     def train_step(self, batch: dict[str, Any]) -> dict[str, Any]:
         with self.precision():
-            return super().train_step(batch)
+            if self.branch is None:
+                return super().train_step(batch)
+            loss = super().train_step(self.branch.join(batch))["loss"]
+        stage_loss = float(self.loss.stage_loss)
+        # The part of the segmentation alone, beside which nnU-Net draws that of the validation
+        return {"loss": loss - self.settings.finetune.stage_weight * stage_loss, "stage_loss": stage_loss}
 
     def validation_step(self, batch: dict[str, Any]) -> dict[str, Any]:
         with self.precision():
             return super().validation_step(batch)
+
+    def _stage_branch(self) -> StageBranch:
+        folder, network = Path(self.preprocessed_dataset_folder_base), self.bare_network()
+        return StageBranch(folder, self.plans_manager.plans, self.dataset_json, self.fold, network)
+
+    def on_train_start(self) -> None:
+        if not self.was_initialized:
+            self.initialize()
+        if self.settings.finetune.stage_weight:
+            self._start_branch()
+        super().on_train_start()
+
+    def _start_branch(self) -> None:
+        try:
+            self.branch = self._stage_branch()
+        except UserError as error:
+            raise SystemExit(f"{type(self).__name__}: error: {error}") from None
+        self.loss = self.branch.joint_loss(self.loss).to(self.device)
+        for name in (TRAIN_CURVE, *VALIDATION_CURVES.values()):
+            curves(self).setdefault(name, [])
+        self.print_to_log_file("\n".join(self.branch.cohort.notes), add_timestamp=False)
+        world = torch.distributed.get_world_size() if self.is_ddp else 1
+        steps = self.current_epoch * self.num_iterations_per_epoch
+        self.branch.open(steps, self.local_rank, world, self.device.type == "cuda")
+
+    def on_train_epoch_end(self, train_outputs: list[dict[str, Any]]) -> None:
+        super().on_train_epoch_end(train_outputs)
+        if self.branch is not None:
+            mean = float(np.mean([output["stage_loss"] for output in train_outputs]))
+            self.logger.log(TRAIN_CURVE, mean, self.current_epoch)
+
+    def on_validation_epoch_end(self, val_outputs: list[dict[str, Any]]) -> None:
+        super().on_validation_epoch_end(val_outputs)
+        if self.branch is not None and self.local_rank == 0:
+            figures = self.branch.figures(self.device)
+            for figure, name in VALIDATION_CURVES.items():
+                self.logger.log(name, figures[figure], self.current_epoch)
+            names = (TRAIN_CURVE, *VALIDATION_CURVES.values())
+            self.print_to_log_file(", ".join(f"{name} {self.logger.get_value(name, step=-1):.4f}" for name in names))
+
+    def on_train_end(self) -> None:
+        super().on_train_end()
+        if self.branch is not None:
+            self.branch.close()
+
+    def perform_actual_validation(self, save_probabilities: bool = False) -> None:
+        """As nnU-Net; of a joint training also fold_X/validation/stages.json."""
+        super().perform_actual_validation(save_probabilities)
+        if not self.settings.finetune.stage_weight or self.local_rank > 0:
+            return
+        try:
+            branch = self._stage_branch()
+        except UserError as error:  # --val where the labels are gone; the segmentation needs none
+            self.print_to_log_file(f"WARNING: no validation/stages.json: {error}")
+            return
+        path = Path(self.output_folder) / "validation" / "stages.json"
+        self.print_to_log_file(branch.save_summary(path, self.device))
 
     def configure_rotation_dummyDA_mirroring_and_inital_patch_size(self) -> tuple:
         """nnU-Net's choice, but small rotations and left-right mirroring only: a body has a front and a head."""
@@ -174,8 +245,8 @@ class FratMAETrainer(nnUNetTrainer):
     def get_training_transforms(self, *args: Any, **kwargs: Any) -> BasicTransform:
         """nnU-Net's, but intensities change as between scanners (nnunet_fratmae/augmentation.py)."""
         stock = super().get_training_transforms(*args, **kwargs)
-        config = self.configuration_manager
-        return physical_augmentation(stock, self.settings.finetune, config.network_arch_init_kwargs, config.spacing)
+        plans, config = self.plans_manager.plans, self.configuration_manager.configuration
+        return physical_augmentation(stock, self.settings.finetune, plans, config)
 
     def set_deep_supervision_enabled(self, enabled: bool) -> None:
         """Nothing to set: UNETR has one output."""
@@ -212,24 +283,31 @@ def prepare_plans(
         if wanted is not settings and plans.get("fratmae"):
             notes.append(f"preset {wanted.preset} and token patch {list(wanted.token_patch)} follow the artefact; the "
                          f"plans said {settings.preset} and {list(settings.token_patch or [])}")  # fmt: skip
+        wanted = replace(wanted, pretrained=str(pretrained))
     plans, warnings = extend_plans(plans, dataset_json, wanted, configuration)
     notes += [f"WARNING: {warning}" for warning in warnings]
-    if pretrained is not None:
-        plans["fratmae"]["pretrained"] = str(pretrained)
+    if plans["fratmae"]["modalities"] in MODALITIES:
+        notes.append(f"this network sees {plans['fratmae']['modalities']} alone (fratmae.modalities)")
     return plans, notes
 
 
 def check_other_folds(model_folder: Path, plans: dict[str, Any], configuration: str, fold: int) -> None:
     """The folds of a model share one plans.json, so they must share the network, or the others could not predict.
+    Either all or none can do with a missing modality, as fratmae_fill_missing reads it there.
 
     Raises:
-        UserError: a trained fold other than `fold` has another architecture or patch.
+        UserError: a trained fold other than `fold` has another architecture or patch, or one of the two alone has
+            modality dropout.
     """
     trained = [f for f in model_folder.glob("fold_*/checkpoint_*.pth") if f.parent.name != f"fold_{fold}"]
     if not trained or not (model_folder / "plans.json").is_file():
         return
-    there = json.loads((model_folder / "plans.json").read_text())["configurations"].get(configuration, {})
-    mine = plans["configurations"][configuration]
+    theirs = json.loads((model_folder / "plans.json").read_text())
+    there, mine = theirs["configurations"].get(configuration, {}), plans["configurations"][configuration]
+    dropout = [Settings.from_json(p["fratmae"]).finetune.modality_dropout for p in (theirs, plans)]
+    if bool(dropout[0]) != bool(dropout[1]):
+        raise UserError(f"{model_folder}: {trained[0].parent.name} was trained with finetune.modality_dropout="
+                        f"{dropout[0]}; set it so for all folds, or move that folder")  # fmt: skip
     for key in ("architecture", "patch_size"):
         if there.get(key) != json.loads(json.dumps(mine[key])):
             raise UserError(f"{model_folder}: {trained[0].parent.name} was trained with another {key} (other encoders "

@@ -16,9 +16,10 @@ from nnUNet_raw_conversion.command import UserError
 from plans.contract import Contract
 from plans.memory import step_memory
 from plans.settings import STACKS, Settings
-from plans.units import MODALITIES, PRETRAINING_UNITS, affine_to_units
+from plans.units import MODALITIES, PRETRAINING_UNITS, absent_value, affine_to_units
 
 NETWORK = "nnunet_fratmae.networks.unetr.FratMAEUNETR"
+JOINT_NETWORK = "nnunet_fratmae.networks.staging.FratMAEJoint"  # the same with a classifier (plans/staging.py)
 HWD_FROM_ZYX = (1, 2, 0)  # H, W, D as axes of nnU-Net's array order (z, y, x) = (SI, AP, LR)
 
 PAPER_GRID, PAPER_PATCH, PAPER_K = (160, 160, 192), (32, 160, 192), 2
@@ -43,28 +44,38 @@ def extend_plans(
         The plans and warnings for the user, one line each.
 
     Raises:
-        UserError: a configuration that is no full-resolution 3D one, channels that are not one CT and one PET, or a
-            network that needs more memory than the target even for the smallest patch and batch.
+        UserError: a configuration that is no full-resolution 3D one, channels that are not CT and PET or the one of
+            them that `settings.modalities` says, settings that do not go with one alone, a network that needs more
+            memory than the target even for the smallest patch and batch, or with a pretrained artefact, plans of
+            which it would not be the same function as in pretraining.
     """
     plans = deepcopy(plans)
     config = _resolve(plans["configurations"], configuration)
-    if len(config["patch_size"]) != 3 or config.get("previous_stage") or configuration == "wholebody":
+    of_cascade = config.get("previous_stage") or config.get("next_stage")
+    if len(config["patch_size"]) != 3 or of_cascade or configuration == "wholebody":
         raise UserError(f"configuration {configuration}: FratMAE trains 3D configurations at native spacing without a "
                         "cascade; use 3d_fullres")  # fmt: skip
     axes = hwd_axes(plans["transpose_forward"])
     median = tuple(int(round(config["median_image_size_in_voxels"][axis])) for axis in axes)
     classes = count_classes(dataset_json)
+    present = find_channels(dataset_json, settings.modalities)
+    settings = replace(settings, modalities="both" if len(present) > 1 else next(iter(present)))
     if is_fratmae(config):
-        present = tuple(config["patch_size"][axis] for axis in axes)
+        planned = tuple(config["patch_size"][axis] for axis in axes)
         finetune = replace(settings.finetune, patch=None, batch_size=config["batch_size"])
         settings = choose_sizes(replace(settings, finetune=finetune), median, classes)
-        settings = replace(settings, finetune=replace(settings.finetune, patch=cover(present, settings.token_patch)))
+        settings = replace(settings, finetune=replace(settings.finetune, patch=cover(planned, settings.token_patch)))
     else:
         settings = _sizes_that_fit(settings, median, classes)
-    channels, scale, shift, warnings = _channels(plans, dataset_json, config)
-    if not str(plans.get("image_reader_writer", "")).endswith("WithReorient"):
-        warnings.append(f"{plans.get('image_reader_writer')} does not look at the orientation of images; FratMAE takes "
-                        "them for axial slices from the feet up (see overwrite_image_reader_writer)")  # fmt: skip
+    lost = _lost_to_pretraining(plans, config, present)
+    if lost and settings.pretrained and not settings.finetune.from_scratch:
+        raise UserError(f"pretrained encoders {settings.pretrained} cannot be used with these plans: {lost[0]}; or "
+                        "train from scratch (fratmae.finetune.from_scratch)")  # fmt: skip
+    scale, shift, clip, warnings = _to_units(plans, config, present)
+    warnings = lost + warnings
+    for channel, name in enumerate(channel_modalities(dataset_json)):
+        if name not in MODALITIES:
+            warnings.append(f"channel {channel} is neither CT nor PET, the network does not use it")
     patch = settings.finetune.patch
     config["patch_size"] = [patch[axes.index(axis)] for axis in range(3)]
     config["batch_size"] = settings.finetune.batch_size
@@ -77,10 +88,11 @@ def extend_plans(
             "depth": settings.sizes.depth,
             "num_heads": settings.sizes.num_heads,
             "features": settings.sizes.unetr_features,
-            "modalities": channels,
+            "modalities": [present.get(modality) for modality in MODALITIES],
             "axes": axes,
             "scale": scale,
             "shift": shift,
+            **({"clip": clip} if any(clip) else {}),
         },
         "_kw_requires_import": [],
     }
@@ -109,7 +121,7 @@ def follow_artefact(settings: Settings, contract: Contract) -> Settings:
 
 def is_fratmae(config: dict[str, Any]) -> bool:
     """Whether a configuration of plans.json has FratMAE's network already."""
-    return config.get("architecture", {}).get("network_class_name") == NETWORK
+    return config.get("architecture", {}).get("network_class_name") in (NETWORK, JOINT_NETWORK)
 
 
 def hwd_axes(transpose_forward: Sequence[int]) -> list[int]:
@@ -134,32 +146,35 @@ def choose_sizes(settings: Settings, median: Sequence[int], classes: int = 2) ->
     axis, (largest, _) = STACKS[whole.stack], STACK_SIZES[whole.stack]
     token = settings.token_patch or _choose_token(median, whole.stack)
     settings = replace(settings, token_patch=token)
+    grid = whole.grid or cover(median, token, cover(PAPER_GRID, token))
+    k = whole.k or (PAPER_K if grid[axis] >= PAPER_K * largest[axis] else 1)
+    # A slab of whole tokens over the whole of the other two axes
+    room = zip((g // k if i == axis else g for i, g in enumerate(grid)), largest, token, strict=True)
+    slab = whole.patch or tuple(max(t, min(available, limit) // t * t) for available, limit, t in room)
+    settings = replace(settings, wholebody=replace(whole, grid=grid, patch=slab, k=k))
     patch, batch = settings.finetune.patch, settings.finetune.batch_size
     if patch is None:
         patch = _shrink(settings, cover(median, token, cover(largest, token)), batch or MIN_BATCH, classes)
     if batch is None:
         fitting = (n for n in range(MAX_BATCH, MIN_BATCH, -1) if _fits(settings, patch, n, classes))
         batch = next(fitting, MIN_BATCH)
-    grid = whole.grid or cover(median, token, cover(PAPER_GRID, token))
-    k = whole.k or (PAPER_K if grid[axis] >= PAPER_K * largest[axis] else 1)
-    # A slab of whole tokens over the whole of the other two axes
-    room = zip((g // k if i == axis else g for i, g in enumerate(grid)), largest, token, strict=True)
-    slab = whole.patch or tuple(max(t, min(available, limit) // t * t) for available, limit, t in room)
-    return replace(
-        settings,
-        wholebody=replace(whole, grid=grid, patch=slab, k=k),
-        finetune=replace(settings.finetune, patch=patch, batch_size=batch),
-    )
+    return replace(settings, finetune=replace(settings.finetune, patch=patch, batch_size=batch))
 
 
 def count_classes(dataset_json: dict[str, Any]) -> int:
-    """Channels of the segmentation network's output, at least; labels with the background."""
-    return max(2, len(dataset_json.get("labels", ())))
+    """Channels of the segmentation network's output, as nnU-Net's LabelManager counts them: one for each label and the
+    background, or, where a label is a list of values, one for each region; none for "ignore"."""
+    labels = {name: value for name, value in dataset_json.get("labels", {}).items() if name != "ignore"}
+    has_regions = any(isinstance(value, list | tuple) and len(value) > 1 for value in labels.values())
+    return len(labels) - has_regions if labels else 2
 
 
 def training_memory(settings: Settings, patch: Sequence[int], batch: int, classes: int) -> float:
-    """GB of a fine-tuning step on a GPU."""
-    return step_memory(settings.sizes, settings.token_patch, patch, batch, classes)
+    """GB of a fine-tuning step on a GPU; with a joint branch, of its studies too."""
+    modalities, studies = len(settings.used_modalities), None
+    if settings.finetune.stage_weight:
+        studies = (settings.wholebody.patch, settings.staging.batch_size)
+    return step_memory(settings.sizes, settings.token_patch, patch, batch, classes, "cuda", modalities, studies)
 
 
 def _fits(settings: Settings, patch: Sequence[int], batch: int, classes: int) -> bool:
@@ -210,24 +225,56 @@ def _resolve(configurations: dict[str, Any], name: str) -> dict[str, Any]:
     return {**_resolve(configurations, parent), **config} if parent else config
 
 
-def find_modalities(dataset_json: dict[str, Any]) -> list[int]:
-    """The index of the CT channel and of the PET channel.
+def channel_modalities(dataset_json: dict[str, Any]) -> list[str]:
+    """What each channel is: CT, PET, or another word for one that is not used.
 
     From the block "fratmae" of dataset.json, else from names such as PET, PT and SUV. Two channels both named "CT" are
-    the nnU-Net community's way to keep SUV absolute; there CT comes first.
+    the nnU-Net community's way to keep SUV absolute; there CT comes first. Without the block, other channels may stand
+    beside CT and PET, but not beside one of them alone: they might be the other, named as its normalisation.
+
+    Raises:
+        UserError: the channels are not one CT and one PET, or one of them.
+    """
+    channels = dataset_json.get("channel_names", dataset_json.get("modality", {}))
+    names = [str(name) for _, name in sorted(channels.items(), key=lambda item: int(item[0]))]
+    declared = dataset_json.get("fratmae", {}).get("modalities")
+    named = [str(name) for name in declared] if declared else [_modality(name) for name in names]
+    if named == ["CT", "CT"]:
+        named = ["CT", "PET"]
+    used = sorted(name for name in named if name in MODALITIES)
+    complete = used == sorted(MODALITIES) or (len(used) == 1 and (declared or len(named) == 1))
+    if len(named) != len(names) or not complete:
+        raise UserError(f'dataset.json: channels {names} are not one CT and one PET, or one of them; say which is '
+                        f'which in "fratmae": {{"modalities": ["CT", "PET"]}}')  # fmt: skip
+    return named
+
+
+def find_channels(dataset_json: dict[str, Any], modalities: str | None = None) -> dict[str, int]:
+    """The index of the channel of each modality, CT before PET.
+
+    Args:
+        modalities: which are wanted: both, CT or PET; None: those that are there.
+
+    Raises:
+        UserError: as `channel_modalities`, or one that is wanted is not there.
+    """
+    named = channel_modalities(dataset_json)
+    there = [modality for modality in MODALITIES if modality in named]
+    wanted = {None: there, "both": MODALITIES}.get(modalities, [modalities])
+    for modality in wanted:
+        if modality not in there:
+            raise UserError(f"dataset.json: {there[0]} alone, {modality} is needed here; without it a dataset can only "
+                            f"train FratMAETrainer, with fratmae.modalities={there[0]} or null")  # fmt: skip
+    return {modality: named.index(modality) for modality in wanted}
+
+
+def find_modalities(dataset_json: dict[str, Any]) -> list[int]:
+    """The index of the CT channel and of the PET channel, where both are needed.
 
     Raises:
         UserError: the channels are not one CT and one PET.
     """
-    channels = dataset_json.get("channel_names", dataset_json.get("modality", {}))
-    names = [str(name) for _, name in sorted(channels.items(), key=lambda item: int(item[0]))]
-    named = dataset_json.get("fratmae", {}).get("modalities") or [_modality(name) for name in names]
-    if named == ["CT", "CT"]:
-        named = ["CT", "PET"]
-    if len(named) != len(names) or sorted(named) != sorted(MODALITIES):
-        raise UserError(f'dataset.json: channels {names} are not one CT and one PET; say which is which in '
-                        f'"fratmae": {{"modalities": ["CT", "PET"]}}')  # fmt: skip
-    return [named.index(modality) for modality in MODALITIES]
+    return list(find_channels(dataset_json, "both").values())
 
 
 def _modality(name: str) -> str:
@@ -241,23 +288,54 @@ def _range_seen(modality: str, properties: dict[str, float]) -> float:
     return (high - low) / (units.upper - units.lower)
 
 
-def _channels(
-    plans: dict[str, Any], dataset_json: dict[str, Any], config: dict[str, Any]
-) -> tuple[list[int], list[float], list[float], list[str]]:
-    """Indices of CT and PET, the affine of each to pretraining units, and warnings."""
-    channels, scale, shift, warnings = find_modalities(dataset_json), [], [], []
-    for modality, channel in zip(MODALITIES, channels, strict=True):
+def _lost_to_pretraining(plans: dict[str, Any], config: dict[str, Any], channels: dict[str, int]) -> list[str]:
+    """What keeps a pretrained encoder from being the same function of the same patient, one line each."""
+    lost = []
+    for modality, channel in channels.items():
+        scheme = config["normalization_schemes"][channel]
+        properties = plans["foreground_intensity_properties_per_channel"][str(channel)]
+        if affine_to_units(modality, scheme, properties) is None:
+            lost.append(f"channel {channel} ({modality}) has {scheme}: absolute values are lost; name the channel CT "
+                        "in dataset.json and plan again")  # fmt: skip
+    if not str(plans.get("image_reader_writer", "")).endswith("WithReorient"):
+        lost.append(f"{plans.get('image_reader_writer')} does not look at the orientation of images, FratMAE takes "
+                    'them for axial slices from the feet up; write "overwrite_image_reader_writer": '
+                    '"SimpleITKIOWithReorient" in dataset.json and plan again')  # fmt: skip
+    return lost
+
+
+def _to_units(
+    plans: dict[str, Any], config: dict[str, Any], channels: dict[str, int]
+) -> tuple[list[float], list[float], list[list[float] | None], list[str]]:
+    """The affine of CT and PET to pretraining units (1 and 0 for one that is not used or has lost them), where these
+    are clipped (None: the plans clip as narrowly), and warnings."""
+    scale, shift, warnings = [1.0] * len(MODALITIES), [0.0] * len(MODALITIES), []
+    clip: list[list[float] | None] = [None] * len(MODALITIES)
+    for modality, channel in channels.items():
+        number, units = MODALITIES.index(modality), PRETRAINING_UNITS[modality]
         scheme = config["normalization_schemes"][channel]
         properties = plans["foreground_intensity_properties_per_channel"][str(channel)]
         affine = affine_to_units(modality, scheme, properties)
         if affine is None:
-            warnings.append(f"channel {channel} ({modality}) has {scheme}: absolute values are lost, so pretrained "
-                            "encoders see other units; name the channel CT in dataset.json and plan again")  # fmt: skip
-        elif scheme == "CTNormalization" and _range_seen(modality, properties) < 0.5:
+            continue
+        scale[number], shift[number] = affine
+        low, high = -math.inf, math.inf
+        if scheme == "CTNormalization":
             low, high = properties["percentile_00_5"], properties["percentile_99_5"]
-            unit = PRETRAINING_UNITS[modality].unit
-            warnings.append(f"these plans clip channel {channel} to {low:g} .. {high:g} {unit}, less than half of what "
-                            "pretraining saw; fratmae_plan_and_preprocess keeps it")  # fmt: skip
-        scale.append(affine[0] if affine else 1.0)
-        shift.append(affine[1] if affine else 0.0)
-    return channels, scale, shift, warnings
+        if low < units.lower or high > units.upper:
+            clip[number] = [(bound - units.mean) / units.std for bound in (units.lower, units.upper)]
+        if scheme == "CTNormalization" and _range_seen(modality, properties) < 0.5:
+            warnings.append(f"these plans clip channel {channel} to {low:g} .. {high:g} {units.unit}, less than half "
+                            "of what pretraining saw; fratmae_plan_and_preprocess keeps it")  # fmt: skip
+    return scale, shift, clip, warnings
+
+
+def absent_values(plans: dict[str, Any], config: dict[str, Any]) -> list[float]:
+    """The value of a missing CT and of a missing PET in the plans' normalisation, for a configuration that uses both.
+
+    Args:
+        config: a FratMAE configuration of the plans.
+    """
+    schemes, properties = config["normalization_schemes"], plans["foreground_intensity_properties_per_channel"]
+    channels = zip(MODALITIES, config["architecture"]["arch_kwargs"]["modalities"], strict=True)
+    return [absent_value(modality, schemes[channel], properties[str(channel)]) for modality, channel in channels]

@@ -52,14 +52,16 @@ class Tally:
     def upsample(self, wide: int, out: int, stride: Sequence[int]) -> None:
         self.parameters += wide * out * math.prod(stride) + out
 
-    def decoder(self, sizes: Preset, token_patch: Sequence[int], tokens: int, voxels: int, classes: int) -> None:
+    def decoder(
+        self, sizes: Preset, token_patch: Sequence[int], tokens: int, voxels: int, classes: int, modalities: int
+    ) -> None:
         """unetr.UNETRDecoder; `tokens` without CLS."""
-        maps, features = 2 * sizes.embed_dim, sizes.unetr_features
+        maps, features = modalities * sizes.embed_dim, sizes.unetr_features
         widths = [features * 2**level for level in reversed(range(STEPS))]
         steps = [tuple(2 if t >= 2 ** (STEPS - step) else 1 for t in token_patch) for step in range(STEPS)]
         at = [tokens * math.prod(math.prod(step) for step in steps[: level + 1]) for level in range(STEPS)]
-        self.kept += STEPS * maps * tokens + 2 * voxels  # the maps of both encoders together, the image
-        self.block(2, features, voxels)
+        self.kept += STEPS * maps * tokens + modalities * voxels  # the maps of the encoders together, the image
+        self.block(modalities, features, voxels)
         for level in range(STEPS - 1):  # the ways of the early maps up to their level
             self.upsample(maps, widths[level], steps[0])
             self.kept += widths[level] * at[0] if level else 0  # what further steps start from
@@ -75,25 +77,44 @@ class Tally:
         self.kept_fp32 += voxels * (4 * classes + 1)  # logits, softmax of the Dice and of the cross-entropy, one-hot
 
 
-def tally(sizes: Preset, token_patch: Sequence[int], patch: Sequence[int], classes: int = 2) -> Tally:
-    """Count the whole network (CT and PET encoder, decoder) for patches of `patch` (H, W, D) voxels."""
+def tally(
+    sizes: Preset, token_patch: Sequence[int], patch: Sequence[int], classes: int = 2, modalities: int = 2
+) -> Tally:
+    """Count the whole network (an encoder for each of the modalities, decoder) for patches of (H, W, D) voxels."""
     voxels = math.prod(patch)
     tokens = voxels // math.prod(token_patch)
     count = Tally()
-    for _ in ("CT", "PET"):
+    for _ in range(modalities):
         count.encoder(sizes, token_patch, 1 + tokens, voxels)
-    count.decoder(sizes, token_patch, tokens, voxels, classes)
+    count.decoder(sizes, token_patch, tokens, voxels, classes, modalities)
     return count
 
 
 def step_memory(
-    sizes: Preset, token_patch: Sequence[int], patch: Sequence[int], batch: int, classes: int = 2, device: str = "cuda"
+    sizes: Preset,
+    token_patch: Sequence[int],
+    patch: Sequence[int],
+    batch: int,
+    classes: int = 2,
+    device: str = "cuda",
+    modalities: int = 2,
+    studies: tuple[Sequence[int], int] | None = None,
 ) -> float:
-    """Peak of a training step in GB: bfloat16 or float16 by autocast on "cuda", float32 on "cpu"."""
-    count = tally(sizes, token_patch, patch, classes)
+    """Peak of a training step in GB: bfloat16 or float16 by autocast on "cuda", float32 on "cpu".
+
+    `studies`: patch and number of the whole bodies that a joint branch classifies in the same step (its small head is
+    not counted).
+    """
+    count = tally(sizes, token_patch, patch, classes, modalities)
     number = 2 if device == "cuda" else 4  # bytes
     copies = 2 if device == "cuda" else 0  # autocast's half-precision copy of the weights
     transient = TRANSIENT * sizes.unetr_features * math.prod(patch) * number
     backward = count.parameters * (12 + copies) + batch * (count.kept * number + count.kept_fp32 * 4 + transient)
+    if studies is not None:
+        whole, number_of_studies = studies
+        seen, voxels = Tally(), math.prod(whole)
+        for _ in range(modalities):
+            seen.encoder(sizes, token_patch, 1 + voxels // math.prod(token_patch), voxels)
+        backward += number_of_studies * (seen.kept * number + seen.kept_fp32 * 4)
     optimiser = count.parameters * (20 if device == "cuda" else 16)  # on GPUs AdamW works on all weights at once
     return max(backward, optimiser) / GB + FIXED_GB[device]

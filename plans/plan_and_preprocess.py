@@ -14,9 +14,10 @@ from typing import Any
 
 from nnUNet_raw_conversion.command import UserError, find_dataset, nnunet_folder, run_command
 from plans.contract import read_contract
-from plans.extension import count_classes, follow_artefact, training_memory
+from plans.extension import channel_modalities, count_classes, follow_artefact, training_memory
 from plans.preprocessed import PLANS_NAME
 from plans.settings import Settings, add_arguments, override
+from plans.units import MODALITIES
 
 
 def main() -> None:
@@ -108,7 +109,7 @@ def plan_and_preprocess(raw: Path, settings: Settings, processes: int) -> None:
     # Here and not above: nnU-Net and torch take seconds to import, and an error above should not
     from nnunetv2.experiment_planning.plan_and_preprocess_api import extract_fingerprint_dataset, preprocess_dataset
 
-    from plans.extension import find_modalities
+    from plans.extension import find_channels, find_modalities
     from plans.planner import FratMAEPlanner, plan_unlabelled
     from plans.wholebody import list_studies, write_store
 
@@ -116,7 +117,7 @@ def plan_and_preprocess(raw: Path, settings: Settings, processes: int) -> None:
     if not (raw / "dataset.json").is_file():
         raise UserError(f"{raw}/dataset.json is not there; convert the studies first (fratmae_convert_pairs)")
     dataset_json = json.loads((raw / "dataset.json").read_text())
-    find_modalities(dataset_json)
+    find_channels(dataset_json, settings.modalities)
     studies = list_studies(raw, dataset_json)
     if not studies:
         raise UserError(f"{raw}: no studies in imagesTr or imagesPt; convert the studies first (fratmae_convert_pairs)")
@@ -130,10 +131,12 @@ def plan_and_preprocess(raw: Path, settings: Settings, processes: int) -> None:
         with _quiet():
             preprocess_dataset(dataset_id, PLANS_NAME, ("3d_fullres",), num_processes=(processes,))
     else:
+        find_modalities(dataset_json)  # without labels there is only pretraining, which needs both
         plans = plan_unlabelled(raw.name, studies, dataset_json, settings)
     preprocessed = nnunet_folder("nnUNet_preprocessed") / raw.name
-    store = preprocessed / plans["configurations"]["wholebody"]["data_identifier"]
-    write_store(store, studies, plans, dataset_json, processes)
+    if "wholebody" in plans["configurations"]:
+        store = preprocessed / plans["configurations"]["wholebody"]["data_identifier"]
+        write_store(store, studies, plans, dataset_json, processes)
     if (raw / "clinical.csv").is_file():  # beside dataset.json, which nnU-Net copies in the same way
         shutil.copyfile(raw / "clinical.csv", preprocessed / "clinical.csv")
     _summary(preprocessed, plans, dataset_json, labelled)
@@ -149,12 +152,23 @@ def _summary(preprocessed: Path, plans: dict[str, Any], dataset_json: dict[str, 
     whole, dataset_id = settings.wholebody, int(preprocessed.name[7:10])
     print(f"{preprocessed / plans['plans_name']}.json  (axes H W D = AP, LR, SI)")
     print(f"  preset {settings.preset}, token patch {list(settings.token_patch)}, pretrained {settings.pretrained}")
-    print(f"  wholebody   grid {list(whole.grid)}, patch {list(whole.patch)}, every {whole.k}. coronal slice")
+    has_both = "wholebody" in plans["configurations"]
+    if has_both:
+        print(f"  wholebody   grid {list(whole.grid)}, patch {list(whole.patch)}, every {whole.k}. coronal slice")
+    else:
+        print("  wholebody   left out: pretraining and staging need CT and PET, this dataset has "
+              f"{settings.modalities} alone")  # fmt: skip
+    for channel, name in enumerate(channel_modalities(dataset_json)):
+        if name not in MODALITIES:
+            print(f"  channel {channel} is neither CT nor PET, no network uses it")
     if labelled:
         memory = training_memory(settings, fullres["patch_size"], fullres["batch_size"], count_classes(dataset_json))
         spacing = [round(s, 3) for s in fullres["spacing"]]
         print(f"  3d_fullres  patch {fullres['patch_size']}, spacing {spacing} mm, batch size {fullres['batch_size']} "
               f"(about {memory:.1f} GB)")  # fmt: skip
-    print(f"next: fratmae_pretrain -d {dataset_id}")
+        if settings.modalities != "both":
+            print(f"              the network sees {settings.modalities} alone (modalities)")
+    steps = [f"fratmae_pretrain -d {dataset_id}"] if has_both else []
     if labelled:
-        print(f"  or: nnUNetv2_train {dataset_id} 3d_fullres 0 -tr FratMAETrainer -p {plans['plans_name']}")
+        steps.append(f"nnUNetv2_train {dataset_id} 3d_fullres 0 -tr FratMAETrainer -p {plans['plans_name']}")
+    print("next: " + "\n  or: ".join(steps))

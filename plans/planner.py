@@ -14,7 +14,7 @@ from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIOWithReorient
 from tqdm import tqdm
 
 from nnUNet_raw_conversion.command import UserError, nnunet_folder
-from plans.extension import HWD_FROM_ZYX, extend_plans, find_modalities
+from plans.extension import HWD_FROM_ZYX, channel_modalities, extend_plans, find_channels
 from plans.preprocessed import PLANS_NAME
 from plans.settings import Settings
 from plans.units import MODALITIES, intensity_properties
@@ -35,7 +35,8 @@ class FratMAEPlanner(ExperimentPlanner):
         return find_reader(self.dataset_json, next(iter(self.dataset.values()))["images"][0])
 
     def determine_normalization_scheme_and_whether_mask_is_used_for_norm(self) -> tuple[list[str], list[bool]]:
-        return ["CTNormalization"] * len(MODALITIES), [False] * len(MODALITIES)
+        schemes = normalization_schemes(self.dataset_json)
+        return schemes, [False] * len(schemes)
 
     @staticmethod
     def static_estimate_VRAM_usage(*_: Any, **__: Any) -> float:
@@ -67,19 +68,28 @@ def find_reader(dataset_json: dict[str, Any], example: str) -> type:
     return determine_reader_writer_from_dataset_json(dataset_json, example)
 
 
+def normalization_schemes(dataset_json: dict[str, Any]) -> list[str]:
+    """nnU-Net's scheme of each channel: CT and PET keep HU and SUV, what is neither is not used and stays as it is."""
+    channels = channel_modalities(dataset_json)
+    return ["CTNormalization" if name in MODALITIES else "NoNormalization" for name in channels]
+
+
 def finish_plans(plans: dict[str, Any], dataset_json: dict[str, Any], settings: Settings) -> dict[str, Any]:
-    """Plans in the pretraining units, extended, with the configuration `wholebody`."""
-    channels = find_modalities(dataset_json)
+    """Plans in the pretraining units, extended, with the configuration `wholebody` if there are CT and PET."""
+    channels = find_channels(dataset_json)
+    measured = plans.get("foreground_intensity_properties_per_channel", {})
     plans["foreground_intensity_properties_per_channel"] = {
-        str(channel): intensity_properties(modality) for modality, channel in zip(MODALITIES, channels, strict=True)
+        str(channel): intensity_properties(name) if name in MODALITIES else measured.get(str(channel), {})
+        for channel, name in enumerate(channel_modalities(dataset_json))
     }
     plans, _ = extend_plans(plans, dataset_json, settings)
     plans["fratmae_chosen"] = _chosen(settings.to_json(), plans["fratmae"])
-    plans["configurations"]["wholebody"] = {
-        "inherits_from": "3d_fullres",
-        "data_identifier": f"{plans['plans_name']}_wholebody",
-        "patch_size": plans["fratmae"]["wholebody"]["patch"],
-    }
+    if len(channels) == len(MODALITIES):
+        plans["configurations"]["wholebody"] = {
+            "inherits_from": "3d_fullres",
+            "data_identifier": f"{plans['plans_name']}_wholebody",
+            "patch_size": plans["fratmae"]["wholebody"]["patch"],
+        }
     return plans
 
 
@@ -115,8 +125,8 @@ def plan_unlabelled(
         "patch_size": [int(n) for n in np.median(shapes, 0)],
         "median_image_size_in_voxels": [float(n) for n in np.median(shapes, 0)],
         "spacing": [float(n) for n in np.median(spacings, 0)],
-        "normalization_schemes": ["CTNormalization"] * len(MODALITIES),
-        "use_mask_for_norm": [False] * len(MODALITIES),
+        "normalization_schemes": normalization_schemes(dataset_json),
+        "use_mask_for_norm": [False] * len(channel_modalities(dataset_json)),
         "batch_dice": True,
     }
     plans = {

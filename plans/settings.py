@@ -8,12 +8,15 @@ from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from typing import Any
 
 from nnUNet_raw_conversion.command import UserError
+from plans.units import MODALITIES
 
 TOKEN_SIDES = (1, 2, 4, 8, 16)
 STACKS = {"coronal": 0, "axial": 2}
 """The axis of (H, W, D) along which the slices of a patch are stacked."""
 METHODS = ("fratmae", "fratmae_notext", "mae", "mae_text")
 """Arms of the paper's table 3: cross-modal or each modality alone, with ContextAlign or without."""
+USED = ("both", *MODALITIES)
+"""What fine-tuning can see."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,7 @@ PRESETS = {
     "vit_b": Preset(768, 12, 12, decoder_dim=512, decoder_depth=8, decoder_heads=16, unetr_features=32),
     "vit_s": Preset(384, 12, 6, decoder_dim=256, decoder_depth=4, decoder_heads=8, unetr_features=16),
     "vit_tiny": Preset(192, 12, 3, decoder_dim=128, decoder_depth=2, decoder_heads=4, unetr_features=16),
+    "vit_nano": Preset(96, 4, 3, decoder_dim=96, decoder_depth=2, decoder_heads=4, unetr_features=8),  # for CPUs
 }
 
 
@@ -193,16 +197,23 @@ class Finetune:
     """Spread (normal, HU) of an offset on the whole CT of a patch above air, as in pretraining."""
     misalignment: float = 0.0
     """Largest shift in mm, along each axis, of the CT against PET and labels in a fifth of the patches; 0: none."""
+    modality_dropout: float = 0.0
+    """Share of the training patches in which the CT or the PET (never both) is air without uptake everywhere, so that
+    the model can also predict where one of them is missing (fratmae_fill_missing)."""
+    stage_weight: float = 0.0
+    """Weight of the classification of whole bodies (of clinical.csv, by the same encoders) beside the segmentation; 0:
+    none. Its target, batch_size, dropout, class_weights, workers and seed are those of `staging`."""
     mirror_axes: str = "W"
     """Axes mirrored in training and in prediction: letters of H (front-back), W (left-right), D (head-feet)."""
 
     def __post_init__(self) -> None:
         require(self.batch_size is None or self.batch_size >= 1, "finetune.batch_size must be at least 1")
         require(self.gpu_memory_target > 0, "finetune.gpu_memory_target must be above 0")
-        for name in ("pet_scale", "ct_shift", "misalignment"):
+        for name in ("pet_scale", "ct_shift", "misalignment", "stage_weight"):
             require(getattr(self, name) >= 0, f"finetune.{name} must not be negative")
         require(0 <= self.encoder_warmup_epochs <= self.epochs, "finetune.encoder_warmup_epochs must lie between 0 and "
                 "finetune.epochs")  # fmt: skip
+        require(0 <= self.modality_dropout < 1, "finetune.modality_dropout must be at least 0 and below 1")
         require(0 < self.layer_decay <= 1, "finetune.layer_decay must lie above 0 and be at most 1")
         require(sorted(self.mirror_axes) == sorted(set(self.mirror_axes) & set("HWD")), "finetune.mirror_axes must be "
                 "letters of H, W and D, such as W or HW, or empty")  # fmt: skip
@@ -266,6 +277,8 @@ class Settings:
     """Voxels (H, W, D) of a token; null: chosen for the data, 8 16 16 for whole bodies."""
     pretrained: str | None = None
     """Folder or encoders.safetensors of a pretraining; null: FRATMAE_PRETRAINED, else from scratch."""
+    modalities: str | None = None
+    """What fine-tuning sees: both, CT or PET, with the encoder of that modality alone; null: what the dataset has."""
     wholebody: WholeBody = field(default_factory=WholeBody)
     pretrain: Pretrain = field(default_factory=Pretrain)
     finetune: Finetune = field(default_factory=Finetune)
@@ -273,6 +286,12 @@ class Settings:
 
     def __post_init__(self) -> None:
         require(self.preset in PRESETS, f"-preset {self.preset}: unknown; there are {', '.join(PRESETS)}")
+        require(self.modalities is None or self.modalities in USED, f"modalities must be one of {', '.join(USED)}, or "
+                "null for those of the dataset")  # fmt: skip
+        for name in ("modality_dropout", "misalignment", "stage_weight"):
+            alone = self.modalities in MODALITIES and getattr(self.finetune, name)
+            require(not alone, f"finetune.{name} needs CT and PET, and fratmae.modalities is {self.modalities}; set "
+                    f"finetune.{name}=0")  # fmt: skip
         if self.token_patch is not None:
             sides = ", ".join(map(str, TOKEN_SIDES))
             require(all(t in TOKEN_SIDES for t in self.token_patch), f"token_patch: each side must be one of {sides}")
@@ -283,6 +302,11 @@ class Settings:
     @property
     def sizes(self) -> Preset:
         return PRESETS[self.preset]
+
+    @property
+    def used_modalities(self) -> tuple[str, ...]:
+        """CT, PET or both, as fine-tuning sees them; both where that is still open."""
+        return (self.modalities,) if self.modalities in MODALITIES else MODALITIES
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON, as it stands in plans.json."""

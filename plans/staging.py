@@ -12,7 +12,7 @@ from typing import Any
 from nnUNet_raw_conversion.clinical import COLUMNS, UNKNOWN, read_clinical, read_table
 from nnUNet_raw_conversion.command import UserError, renamed
 from nnUNet_raw_conversion.splits import make_splits
-from plans.extension import hwd_axes
+from plans.extension import JOINT_NETWORK, hwd_axes
 from plans.preprocessed import validation_cases
 from plans.settings import Settings
 
@@ -138,6 +138,20 @@ def _write_split(preprocessed: Path, labels: Mapping[str, str]) -> None:
         partial.write_text(json.dumps(folds, indent=4))
 
 
+def joint_plans(plans: dict[str, Any], configuration: str, classes: list[str]) -> dict[str, Any]:
+    """FratMAE plans whose segmentation network also classifies whole bodies; the argument is not changed."""
+    plans = deepcopy(plans)
+    settings = Settings.from_json(plans["fratmae"])
+    architecture = plans["configurations"][configuration]["architecture"]
+    architecture["network_class_name"] = JOINT_NETWORK
+    architecture["arch_kwargs"]["stages"] = {
+        "patch_size": list(settings.wholebody.patch),
+        "classes": classes,
+        "dropout": settings.staging.dropout,
+    }
+    return plans
+
+
 def staging_plans(plans: dict[str, Any], classes: list[str]) -> dict[str, Any]:
     """FratMAE plans whose configuration `wholebody` is the classification network; the argument is not changed.
 
@@ -159,6 +173,7 @@ def staging_plans(plans: dict[str, Any], classes: list[str]) -> dict[str, Any]:
                 **settings.sizes.encoder,
                 "classes": classes,
                 "dropout": settings.staging.dropout,
+                "modalities": list(settings.used_modalities),
             },
             "_kw_requires_import": [],
         },

@@ -62,6 +62,18 @@ def intensity_properties(modality: str) -> dict[str, float]:
     }
 
 
+def absent_value(modality: str, scheme: str, properties: dict[str, float]) -> float:
+    """What nnU-Net's normalisation makes of a missing modality, an image of air (CT) or without uptake (PET).
+
+    Args:
+        scheme, properties: as `affine_to_units`.
+    """
+    lowest = PRETRAINING_UNITS[modality].lower
+    if scheme == "CTNormalization":
+        return (max(lowest, properties["percentile_00_5"]) - properties["mean"]) / max(properties["std"], 1e-8)
+    return lowest if scheme == "NoNormalization" else 0.0  # a constant image less its own mean
+
+
 def affine_to_units(modality: str, scheme: str, properties: dict[str, float]) -> tuple[float, float] | None:
     """(scale, shift) such that pretraining units = scale * value + shift, for a value that nnU-Net normalised.
 

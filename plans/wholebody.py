@@ -25,8 +25,8 @@ from torch.nn.functional import interpolate
 from tqdm import tqdm
 
 from nnUNet_raw_conversion.command import UserError, map_cases
-from plans.extension import find_modalities
-from plans.units import MODALITIES, PRETRAINING_UNITS
+from plans.extension import channel_modalities, find_modalities
+from plans.units import PRETRAINING_UNITS
 
 MOST_SATURATED = 0.05  # share of a study above the PET's upper limit; hot kidneys and bladder are well below 1 %
 
@@ -66,11 +66,11 @@ def list_studies(raw: Path, dataset_json: dict[str, Any]) -> dict[str, tuple[lis
     """Images and label file (None in imagesPt) of every study of a raw dataset, by case id.
 
     Raises:
-        UserError: a case without its CT, PET or label file, or a case id in imagesTr and in imagesPt.
+        UserError: a case without an image of every channel or its label file, or a case id in imagesTr and imagesPt.
     """
     labelled = get_filenames_of_train_images_and_targets(str(raw), dataset_json) if (raw / "imagesTr").is_dir() else {}
     studies = {case: (files["images"], files["label"]) for case, files in labelled.items()}
-    ending = dataset_json["file_ending"]
+    ending, channels = dataset_json["file_ending"], channel_modalities(dataset_json)
     if (raw / "imagesPt").is_dir():
         for images in create_lists_from_splitted_dataset_folder(str(raw / "imagesPt"), ending):
             case = Path(images[0]).name[: -len("_0000" + ending)]
@@ -79,9 +79,10 @@ def list_studies(raw: Path, dataset_json: dict[str, Any]) -> dict[str, tuple[lis
             studies[case] = (images, None)
     for case, (images, labels) in studies.items():
         names = sorted(Path(image).name for image in images)
-        if names != [f"{case}_{channel:04d}{ending}" for channel in range(len(MODALITIES))]:
-            raise UserError(f"{raw}: case {case} has the images {', '.join(names)}; CT and PET are needed, as "
-                            f"{case}_0000{ending} and {case}_0001{ending}")  # fmt: skip
+        needed = [f"{case}_{channel:04d}{ending}" for channel in range(len(channels))]
+        if names != needed:
+            raise UserError(f"{raw}: case {case} has the images {', '.join(names)}; {' and '.join(channels)} are needed"
+                            f", as {' and '.join(needed)}")  # fmt: skip
         if labels is not None and not Path(labels).is_file():
             raise UserError(f"{labels} is not there; add it, or move the images of {case} to imagesPt")
     return studies

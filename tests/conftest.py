@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -70,6 +71,27 @@ def phantoms(tmp_path_factory) -> Workspace:
     workspace.run("fratmae_phantom -d 8 -n 2 --seed 2 --spacing 10 11 12")
     workspace.run(f"fratmae_plan_and_preprocess -d 7 -preset vit_tiny -np 2 --set {' '.join(SETTINGS)}")
     return workspace
+
+
+@pytest.fixture(scope="session")
+def text_tower(tmp_path_factory) -> Path:
+    """Folder of a tiny CLIP of open_clip's with random weights."""
+    import open_clip
+    import torch
+    from safetensors.torch import save_file
+
+    parts = {
+        "vision_cfg": {"image_size": 16, "patch_size": 8, "width": 64, "layers": 1},
+        "text_cfg": {"context_length": 40, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2},
+    }
+    folder = tmp_path_factory.mktemp("tower")
+    config = {"model_cfg": {"embed_dim": 24, **parts}, "preprocess_cfg": {}}
+    (folder / "open_clip_config.json").write_text(json.dumps(config))
+    torch.manual_seed(0)
+    vision, text = open_clip.CLIPVisionCfg(**parts["vision_cfg"]), open_clip.CLIPTextCfg(**parts["text_cfg"])
+    weights = open_clip.CLIP(24, vision, text).state_dict()
+    save_file({name: value.contiguous() for name, value in weights.items()}, folder / "open_clip_model.safetensors")
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,33 +10,21 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
+from nnunet_fratmae.networks.staging import FratMAEJoint
 from nnunet_fratmae.networks.unetr import FratMAEUNETR
 from nnUNet_raw_conversion.command import UserError
 from plans.extension import MIN_TOKENS, choose_sizes, extend_plans, training_memory
 from plans.memory import FIXED_GB, GB, step_memory, tally
 from plans.plan_and_preprocess import planned_settings
 from plans.planner import finish_plans
-from plans.settings import PRESETS, Finetune, Settings
+from plans.settings import PRESETS, Finetune, Settings, Staging
 from tests.test_plans import DATASET_JSON, stock_plans, write_artefact
 
 WHOLE_BODY = (400, 380, 326)  # median (H, W, D) in voxels
 
 
-@pytest.mark.parametrize(
-    "preset, token, patch, classes",
-    [
-        ("vit_tiny", (8, 16, 16), (16, 32, 48), 2),
-        ("vit_tiny", (4, 8, 8), (16, 24, 32), 4),
-        ("vit_tiny", (2, 4, 16), (8, 12, 32), 2),
-        ("vit_s", (8, 16, 16), (16, 48, 64), 2),
-    ],
-)
-def test_the_count_is_what_torch_keeps(preset, token, patch, classes):
-    """All parameters, and within 2 % the numbers that autograd keeps of a forward pass (without the loss)."""
-    sizes, batch = PRESETS[preset], 2
-    network = FratMAEUNETR(2, classes, patch, token, **sizes.encoder, features=sizes.unetr_features)
-    count = tally(sizes, token, patch, classes)
-    assert count.parameters == sum(p.numel() for p in network.parameters())
+def numbers_kept(network: torch.nn.Module, inputs: torch.Tensor | tuple[torch.Tensor, torch.Tensor]) -> float:
+    """Numbers of float32 that autograd keeps of a forward pass, besides the network's own."""
     own = {t.untyped_storage().data_ptr() for t in [*network.parameters(), *network.buffers()]}
     kept = {}
 
@@ -46,9 +35,49 @@ def test_the_count_is_what_torch_keeps(preset, token, patch, classes):
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        network(torch.randn(batch, 2, *patch))
+        output = network(inputs)
+    del output
+    return sum(kept.values()) / 4
+
+
+@pytest.mark.parametrize(
+    "preset, token, patch, classes, channels",
+    [
+        ("vit_tiny", (8, 16, 16), (16, 32, 48), 2, (0, 1)),
+        ("vit_tiny", (4, 8, 8), (16, 24, 32), 4, (0, 1)),
+        ("vit_tiny", (2, 4, 16), (8, 12, 32), 2, (0, 1)),
+        ("vit_s", (8, 16, 16), (16, 48, 64), 2, (0, 1)),
+        ("vit_tiny", (4, 8, 8), (16, 24, 32), 2, (None, 0)),
+    ],
+)
+def test_the_count_is_what_torch_keeps(preset, token, patch, classes, channels):
+    """All parameters, and within 2 % the numbers that autograd keeps of a forward pass (without the loss)."""
+    sizes, batch = PRESETS[preset], 2
+    network = FratMAEUNETR(2, classes, patch, token, **sizes.encoder, features=sizes.unetr_features,
+                           modalities=channels)  # fmt: skip
+    count = tally(sizes, token, patch, classes, modalities=len(network.encoders))
+    assert count.parameters == sum(p.numel() for p in network.parameters())
+    kept = numbers_kept(network, torch.randn(batch, 2, *patch))
     of_loss = math.prod(patch) * (4 * classes + 1)
-    assert count.kept + count.kept_fp32 - of_loss == pytest.approx(sum(kept.values()) / 4 / batch, rel=0.02)
+    assert count.kept + count.kept_fp32 - of_loss == pytest.approx(kept / batch, rel=0.02)
+
+
+def test_studies_of_a_joint_branch_are_counted():
+    sizes, token, patch, study = PRESETS["vit_tiny"], (4, 8, 8), (8, 24, 32), (16, 40, 48)
+    stages = {"patch_size": study, "classes": ["early", "advanced"], "dropout": 0.1}
+    network = FratMAEJoint(2, 2, patch, token, **sizes.encoder, features=sizes.unetr_features, stages=stages)
+    patches, studies = torch.randn(2, 2, *patch), torch.randn(3, 2, *study)
+    both, alone = numbers_kept(network, (patches, studies)), numbers_kept(network, patches)
+
+    def memory(**kwargs) -> float:
+        many = 64  # patches, so that the backward pass is the fullest moment; on a CPU all numbers have four bytes
+        return step_memory(sizes, token, patch, many, 2, "cpu", **kwargs)
+
+    assert (memory(studies=(study, 3)) - memory()) * 1e9 / 4 == pytest.approx(both - alone, rel=0.05)
+    planned = Settings(finetune=Finetune(gpu_memory_target=24.0), staging=Staging(batch_size=8))
+    joint = replace(planned, finetune=replace(planned.finetune, stage_weight=0.1))
+    batches = [choose_sizes(s, WHOLE_BODY).finetune.batch_size for s in (planned, joint)]
+    assert batches[0] > batches[1] > 2
 
 
 def test_memory_grows_with_everything():
@@ -161,6 +190,7 @@ def test_planning_twice_is_planning_once(tmp_path):
     assert json.loads(json.dumps(again)) == first
     assert set(first["fratmae_chosen"]) == {
         "token_patch", "wholebody.grid", "wholebody.patch", "wholebody.k", "finetune.patch", "finetune.batch_size",
+        "modalities",
     }  # fmt: skip
 
 

@@ -487,7 +487,7 @@ def test_models_and_images_that_cannot_be_used_are_named(tmp_path):
         predict_stage.read_model(tmp_path)
     for name in ("plans.json", "dataset.json"):
         (tmp_path / name).write_text("{}")
-    with pytest.raises(UserError, match="no model of FratMAEStagingTrainer"):
+    with pytest.raises(UserError, match="has no classifier"):
         predict_stage.read_model(tmp_path)
     with pytest.raises(UserError, match="no fold_X/checkpoint_final.pth"):
         predict_stage.find_checkpoints(tmp_path, None, "checkpoint_final.pth")

@@ -1,19 +1,33 @@
-"""Classification of a whole body (paper section 2.4, stage 2): dual encoders, layer-wise concatenation, an MLP."""
+"""Classification of a whole body (paper section 2.4, stage 2): dual encoders, layer-wise concatenation, an MLP.
+
+`FratMAEStaging` classifies alone, `FratMAEJoint` is the segmentation network with the same classifier beside it.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from nnunet_fratmae.networks.unetr import LEVELS, tap_layers
-from nnunet_fratmae.networks.vit import LAYER_NORM, dual_encoders, init_transformer
+from nnunet_fratmae.networks.unetr import LEVELS, FratMAEUNETR, tap_layers
+from nnunet_fratmae.networks.vit import LAYER_NORM, dual_encoders, init_transformer, sincos_positions, token_grid
+from plans.units import MODALITIES
 
 
 def summarise(tokens: Sequence[Tensor]) -> Tensor:
     """CLS token beside the mean of the other tokens of each layer: layers x (B, 1 + N, dim) -> (B, layers, 2 * dim)."""
     return torch.stack([torch.cat([t[:, 0], t[:, 1:].mean(1)], dim=-1) for t in tokens], dim=1)
+
+
+def summarise_pair(
+    encoders: nn.ModuleDict, x: Tensor, layers: Sequence[int], positions: Tensor | None = None
+) -> Tensor:
+    """The encoders' summaries of CT and PET (B, 2, H, W, D) side by side, (B, layers, 2 * len(encoders) * dim)."""
+    volumes = {name: x[:, number : number + 1] for number, name in enumerate(MODALITIES)}
+    summaries = [summarise(e.layer_tokens(volumes[name], layers, positions)) for name, e in encoders.items()]
+    return torch.cat(summaries, dim=-1)
 
 
 class StagingHead(nn.Module):
@@ -48,6 +62,7 @@ class FratMAEStaging(nn.Module):
         embed_dim, depth, num_heads: of each encoder.
         classes: names, in the order of the logits.
         dropout: of the classifier.
+        modalities: which of CT and PET it looks at, each with an encoder of its own.
         deep_supervision: nnU-Net passes it; must be off.
     """
 
@@ -62,6 +77,7 @@ class FratMAEStaging(nn.Module):
         num_heads: int,
         classes: Sequence[str],
         dropout: float = 0.0,
+        modalities: Sequence[str] = MODALITIES,
         deep_supervision: bool = False,
     ) -> None:
         super().__init__()
@@ -69,12 +85,44 @@ class FratMAEStaging(nn.Module):
             raise ValueError("staging has no deep supervision; train it with FratMAEStagingTrainer")
         self.classes = list(classes)
         self.layers = tap_layers(depth)
-        self.encoders = dual_encoders(patch_size, token_patch, embed_dim, depth, num_heads)
-        head = StagingHead(LEVELS, 4 * embed_dim, embed_dim, len(self.classes), dropout)
+        self.encoders = dual_encoders(patch_size, token_patch, embed_dim, depth, num_heads, modalities)
+        head = StagingHead(LEVELS, 2 * len(modalities) * embed_dim, embed_dim, len(self.classes), dropout)
         # Stock `nnUNetv2_train -pretrained_weights` skips keys with ".seg_layers." and wants all others in the file
         self.head = nn.ModuleDict({"seg_layers": head})
 
     def forward(self, x: Tensor) -> Tensor:
-        ct = summarise(self.encoders["CT"].layer_tokens(x[:, :1], self.layers))
-        pet = summarise(self.encoders["PET"].layer_tokens(x[:, 1:], self.layers))
-        return self.head["seg_layers"](torch.cat([ct, pet], dim=-1))
+        return self.head["seg_layers"](summarise_pair(self.encoders, x, self.layers))
+
+
+class FratMAEJoint(FratMAEUNETR):
+    """FratMAEUNETR whose encoders also carry the classifier of FratMAEStaging; its weights have the same names in both.
+
+    For patches alone it is FratMAEUNETR. For (patches, studies), as in training, it returns [segmentation logits,
+    logits (B, len(classes))], so that one forward pass reaches every parameter (DDP). Studies are (B, 2, H, W, D) CT
+    and PET in pretraining units.
+
+    Args:
+        stages: "patch_size" (H, W, D) voxels of the whole-body patch, "classes" in the order of the logits, "dropout".
+        others: of FratMAEUNETR.
+    """
+
+    def __init__(self, *args: Any, stages: dict[str, Any], **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        encoder = next(iter(self.encoders.values()))
+        self.classes = list(stages["classes"])
+        token_patch, dim = encoder.patch_embed.kernel_size, encoder.patch_embed.out_channels
+        positions = sincos_positions(token_grid(stages["patch_size"], token_patch), dim)
+        self.register_buffer("study_positions", positions, persistent=False)
+        head = StagingHead(LEVELS, 2 * len(self.encoders) * dim, dim, len(self.classes), stages["dropout"])
+        self.head = nn.ModuleDict({"seg_layers": head})
+
+    def forward(self, x: Tensor | tuple[Tensor, Tensor]) -> Tensor | list[Tensor]:
+        if isinstance(x, Tensor):
+            return super().forward(x)
+        patches, studies = x
+        return [super().forward(patches), self.classify(studies)]
+
+    def classify(self, studies: Tensor) -> Tensor:
+        """Logits (B, len(classes)) of studies (B, 2, H, W, D)."""
+        summaries = summarise_pair(self.encoders, studies, self.tap_layers, self.study_positions)
+        return self.head["seg_layers"](summaries)

@@ -2,6 +2,7 @@
 
 Both encoders see the patch, their four intermediate outputs (layers 3, 6, 9, 12 of ViT-B) are concatenated layer by
 layer, and a convolutional decoder with skip connections at four levels (UNETR, paper reference 7) makes the logits.
+Where CT or PET is used alone, the network has that encoder only.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from dynamic_network_architectures.building_blocks.residual import BasicBlockD
 from torch import Tensor, nn
 
 from nnunet_fratmae.networks.vit import dual_encoders
+from plans.units import MODALITIES
 
 LEVELS = 4  # UNETR taps the encoder four times; the decoder has as many upsampling steps
 
@@ -105,9 +107,11 @@ class FratMAEUNETR(nn.Module):
         token_patch: (H, W, D) voxels of a token.
         embed_dim, depth, num_heads: of each encoder.
         features: channels of the decoder at full resolution.
-        modalities: index of the channel that is CT and of the one that is PET.
+        modalities: index of the channel that is CT and of the one that is PET; None: it is not used.
         axes: the plans' axis that is H, the one that is W, the one that is D.
-        scale, shift: pretraining units = scale * plans' value + shift, for CT and for PET (DESIGN contract 3).
+        scale, shift: pretraining units = scale * plans' value + shift, for CT and for PET, used or not (DESIGN
+            contract 3).
+        clip: lowest and highest value of CT and of PET in pretraining units, None for one that the plans clip already.
         deep_supervision: nnU-Net passes it; UNETR has one output, so it must be off.
     """
 
@@ -121,33 +125,41 @@ class FratMAEUNETR(nn.Module):
         depth: int,
         num_heads: int,
         features: int,
-        modalities: Sequence[int] = (0, 1),
+        modalities: Sequence[int | None] = (0, 1),
         axes: Sequence[int] = (0, 1, 2),
         scale: Sequence[float] = (1.0, 1.0),
         shift: Sequence[float] = (0.0, 0.0),
+        clip: Sequence[Sequence[float] | None] = (None, None),
         deep_supervision: bool = False,
     ) -> None:
         super().__init__()
         if sorted(axes) != [0, 1, 2]:
             raise ValueError(f"axes {list(axes)} is no permutation of 0, 1, 2")
-        if len(set(modalities)) != 2 or not all(0 <= m < input_channels for m in modalities):
-            raise ValueError(f"modalities {list(modalities)} do not name two of {input_channels} input channels")
+        used = [i for i, channel in enumerate(modalities) if channel is not None]
+        channels = [modalities[i] for i in used]
+        if not channels or len(set(channels)) < len(channels) or not set(channels) <= set(range(input_channels)):
+            raise ValueError(f"modalities {list(modalities)} do not name one or two of {input_channels} input channels")
         if deep_supervision:
             raise ValueError("UNETR has no deep supervision; train it with FratMAETrainer")
-        self.modalities, self.axes = list(modalities), list(axes)
+        self.channels, self.axes = channels, list(axes)
         self.tap_layers = tap_layers(depth)
-        self.register_buffer("scale", torch.tensor(scale).view(1, 2, 1, 1, 1), persistent=False)
-        self.register_buffer("shift", torch.tensor(shift).view(1, 2, 1, 1, 1), persistent=False)
-        self.encoders = dual_encoders(patch_size, token_patch, embed_dim, depth, num_heads)
+        self.register_buffer("scale", torch.tensor(scale)[used].view(1, -1, 1, 1, 1), persistent=False)
+        self.register_buffer("shift", torch.tensor(shift)[used].view(1, -1, 1, 1, 1), persistent=False)
+        bounds = torch.tensor([clip[i] or (-torch.inf, torch.inf) for i in used]).view(1, -1, 1, 1, 1, 2)
+        self.register_buffer("lowest", bounds[..., 0], persistent=False)
+        self.register_buffer("highest", bounds[..., 1], persistent=False)
+        names = [MODALITIES[i] for i in used]
+        self.encoders = dual_encoders(patch_size, token_patch, embed_dim, depth, num_heads, names)
         # Stock `nnUNetv2_train -pretrained_weights` skips keys with ".seg_layers." and wants all others in the file.
         # All that is not pretrained lives under that name, so an export with the encoders alone is enough for it.
-        decoder = UNETRDecoder(2, 2 * embed_dim, token_patch, features, num_classes)
+        decoder = UNETRDecoder(len(used), len(used) * embed_dim, token_patch, features, num_classes)
         self.decoder = nn.ModuleDict({"seg_layers": decoder})
 
     def forward(self, x: Tensor) -> Tensor:
-        image = x[:, self.modalities].permute(0, 1, *(axis + 2 for axis in self.axes)) * self.scale + self.shift
-        ct_maps = self.encoders["CT"].feature_maps(image[:, :1], self.tap_layers)
-        pet_maps = self.encoders["PET"].feature_maps(image[:, 1:], self.tap_layers)
-        maps = [torch.cat(pair, dim=1) for pair in zip(ct_maps, pet_maps, strict=True)]
+        image = x[:, self.channels].permute(0, 1, *(axis + 2 for axis in self.axes)) * self.scale + self.shift
+        image = image.clamp(self.lowest, self.highest)
+        volumes = zip(self.encoders.values(), image.split(1, dim=1), strict=True)
+        of_encoders = [encoder.feature_maps(volume, self.tap_layers) for encoder, volume in volumes]
+        maps = [torch.cat(layer, dim=1) for layer in zip(*of_encoders, strict=True)]
         logits = self.decoder["seg_layers"](image, maps)
         return logits.permute(0, 1, *(self.axes.index(axis) + 2 for axis in range(3)))

@@ -1,0 +1,145 @@
+"""fratmae_fill_missing: makes a folder of studies without CT or without PET predictable by nnUNetv2_predict.
+
+A missing image becomes one of air (CT) or without uptake (PET) on the grid of the one that is there, which is what the
+model saw in training with finetune.modality_dropout. What is there is linked (copied where the file system cannot).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import SimpleITK as sitk
+
+from nnUNet_raw_conversion.command import UserError, renamed, run_command
+from plans.extension import channel_modalities, find_channels
+from plans.settings import Settings
+from plans.staging import NETWORK as STAGING_NETWORK
+from plans.staging import STAGING_CONFIGURATION
+from plans.units import MODALITIES, PRETRAINING_UNITS
+
+Case = dict[int, Path]
+"""The images of a study that are there, by channel."""
+
+
+def main() -> None:
+    """Entry point of the command."""
+    parser = argparse.ArgumentParser(prog="fratmae_fill_missing", description=__doc__)
+    parser.add_argument("-i", type=Path, required=True, metavar="FOLDER",
+                        help="images named as in nnU-Net, CASE_0000 and CASE_0001; cases may have only one of them")
+    parser.add_argument("-o", type=Path, required=True, metavar="FOLDER", help="new folder, for nnUNetv2_predict -i")
+    parser.add_argument("-m", type=Path, required=True, metavar="FOLDER",
+                        help="model folder that will predict: FratMAETrainer__FratMAEPlans__3d_fullres")
+    run_command(parser, _run)
+
+
+def _run(args: argparse.Namespace) -> None:
+    plans, dataset_json = read_model(args.m)
+    cases = find_cases(args.i, dataset_json)
+    modalities = channel_modalities(dataset_json)
+    missing = {case: [m for c, m in enumerate(modalities) if c not in images] for case, images in cases.items()}
+    for case, lacking in missing.items():
+        if len(lacking) > 1 or not set(lacking) <= set(dispensable(plans)):
+            raise UserError(f"{args.i}: {case} has no {' and no '.join(lacking)}, and -m {args.m} was not trained for "
+                            "that; train with fratmae.finetune.modality_dropout above 0, 0.3 for example")  # fmt: skip
+    if args.o.is_dir() and any(args.o.iterdir()):
+        raise UserError(f"-o {args.o}: is not empty; name a new folder, so that nothing else is predicted")
+    headers = {case: read_geometry(next(iter(cases[case].values()))) for case, lacking in missing.items() if lacking}
+    args.o.mkdir(parents=True, exist_ok=True)
+    for case, images in cases.items():
+        for image in images.values():
+            link_or_copy(image, args.o / image.name)
+        for modality in missing[case]:
+            name = f"{case}_{modalities.index(modality):04d}{dataset_json['file_ending']}"
+            write_absent(args.o / name, modality, headers[case])
+            units = PRETRAINING_UNITS[modality]
+            print(f"{name}: no {modality}, {units.lower:g} {units.unit} everywhere")
+    print(f"{len(cases)} cases, {len(headers)} of them filled; next: nnUNetv2_predict -i {args.o} ...")
+
+
+def read_model(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """plans.json and dataset.json of a model folder.
+
+    Raises:
+        UserError: they are not there, or the model is not FratMAE's, or takes one image a case.
+    """
+    try:
+        plans, dataset_json = (json.loads((folder / name).read_text()) for name in ("plans.json", "dataset.json"))
+    except (OSError, json.JSONDecodeError) as error:
+        raise UserError(f"-m {folder}: plans.json or dataset.json cannot be read ({type(error).__name__}); give a "
+                        "folder FratMAETrainer__... of nnUNet_results") from None  # fmt: skip
+    if "fratmae" not in plans:
+        raise UserError(f"-m {folder}: is no model of FratMAETrainer, so it needs CT and PET of every case")
+    if len(find_channels(dataset_json)) < len(MODALITIES):
+        raise UserError(f"-m {folder}: takes one image a case, so nothing can be missing")
+    return plans, dataset_json
+
+
+def dispensable(plans: dict[str, Any]) -> tuple[str, ...]:
+    """The modalities that a trained model can do without: one that it does not see, or any if it learned to."""
+    settings, whole = Settings.from_json(plans["fratmae"]), plans["configurations"].get(STAGING_CONFIGURATION, {})
+    is_staging = whole.get("architecture", {}).get("network_class_name") == STAGING_NETWORK
+    if settings.finetune.modality_dropout and not is_staging:
+        return MODALITIES
+    return tuple(modality for modality in MODALITIES if modality not in settings.used_modalities)
+
+
+def find_cases(folder: Path, dataset_json: dict[str, Any]) -> dict[str, Case]:
+    """The images that are there of every case in a folder of nnU-Net-named files.
+
+    Raises:
+        UserError: no images there, or one of a channel that the model does not know.
+    """
+    ending, modalities = dataset_json["file_ending"], channel_modalities(dataset_json)
+    pattern = re.compile(rf"(.+)_(\d{{4}}){re.escape(ending)}")
+    cases: dict[str, Case] = {}
+    for path in sorted(folder.iterdir()) if folder.is_dir() else []:
+        if match := pattern.fullmatch(path.name):
+            if int(match[2]) >= len(modalities):
+                raise UserError(f"{path}: the model has {len(modalities)} channels ({', '.join(modalities)}), 0000 is "
+                                "the first; remove this file")  # fmt: skip
+            cases.setdefault(match[1], {})[int(match[2])] = path
+    if not cases:
+        raise UserError(f"-i {folder}: no images CASE_0000{ending} or CASE_0001{ending} there")
+    return cases
+
+
+def read_geometry(path: Path) -> sitk.ImageFileReader:
+    """The header of an image: size, spacing, origin and directions.
+
+    Raises:
+        UserError: it cannot be read, or is not 3D.
+    """
+    reader = sitk.ImageFileReader()
+    reader.SetFileName(str(path))
+    try:
+        reader.ReadImageInformation()
+    except RuntimeError:
+        raise UserError(f"{path}: cannot be read as an image; copy it again") from None
+    if reader.GetDimension() != 3:
+        raise UserError(f"{path}: has {reader.GetDimension()} dimensions; FratMAE takes volumes")
+    return reader
+
+
+def write_absent(path: Path, modality: str, header: sitk.ImageFileReader) -> None:
+    """An image of air or without uptake with the geometry of `header`."""
+    image = sitk.Image(header.GetSize(), sitk.sitkInt16) + int(PRETRAINING_UNITS[modality].lower)
+    image.SetSpacing(header.GetSpacing())
+    image.SetOrigin(header.GetOrigin())
+    image.SetDirection(header.GetDirection())
+    with renamed(path) as partial:
+        sitk.WriteImage(image, str(partial), useCompression=True)
+
+
+def link_or_copy(source: Path, target: Path) -> None:
+    """A hard link, or a copy where that cannot be."""
+    with renamed(target) as partial:
+        try:
+            os.link(source.resolve(), partial)
+        except OSError:
+            shutil.copyfile(source, partial)
