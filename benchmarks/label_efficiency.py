@@ -33,15 +33,12 @@ SHARES, REPETITIONS = (0.2, 1.0), 3
 STOCK_PLANS = "nnUNetPlansSmall"
 # A budget of some three minutes of one CPU core a training, its validation included
 COMMON = (
-    "token_patch=[8,8,8] finetune.batch_size=2 finetune.val_iterations=4 finetune.learning_rate=5e-4 "
-    "finetune.foreground=0.5 finetune.mirror_axes= pretrain.batch_size=8 pretrain.learning_rate=5e-4"
+    "token_patch=[8,8,8] finetune.batch_size=2 finetune.iterations=25 finetune.val_iterations=4 "
+    "finetune.learning_rate=5e-4 finetune.foreground=0.5 finetune.mirror_axes= pretrain.batch_size=8 "
+    "pretrain.learning_rate=1e-3"
 )
-CROPS = (
-    "finetune.patch=[32,32,48] finetune.epochs=6 finetune.iterations=20 pretrain.epochs=30 pretrain.patches_per_case=4"
-)
-WHOLE_BODIES = (
-    "finetune.patch=[32,80,48] finetune.epochs=4 finetune.iterations=12 pretrain.epochs=20 pretrain.patches_per_case=1"
-)
+CROPS = "finetune.patch=[32,32,48] finetune.epochs=12 pretrain.epochs=60 pretrain.patches_per_case=4"
+WHOLE_BODIES = "finetune.patch=[32,80,48] finetune.epochs=8 pretrain.epochs=60 pretrain.patches_per_case=1"
 
 
 def read(path: Path) -> np.ndarray:
@@ -148,7 +145,7 @@ def main() -> None:
     parser.add_argument("--validation", type=int, default=6, help="validation cases")
     parser.add_argument("--stock_gb", type=float, default=0.25, help="memory (GB) that nnU-Net plans for; its default, "
                         "8, means patches of which a CPU core makes a handful in the time")  # fmt: skip
-    parser.add_argument("-preset", default="vit_tiny")
+    parser.add_argument("-preset", default="vit_nano")
     parser.add_argument("-device", default="cpu")
     parser.add_argument("-j", type=int, default=2, help="trainings side by side")
     parser.add_argument("--set", nargs="+", default=[])

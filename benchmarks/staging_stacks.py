@@ -58,7 +58,7 @@ def main() -> None:
     parser.add_argument("work", type=Path)
     parser.add_argument("--cases", type=int, default=120)
     parser.add_argument("--folds", type=int, default=3)
-    parser.add_argument("-preset", default="vit_tiny")
+    parser.add_argument("-preset", default="vit_nano")
     parser.add_argument("-device", default="cpu")
     parser.add_argument("-j", type=int, default=2, help="trainings side by side")
     parser.add_argument("--set", nargs="+", default=[])

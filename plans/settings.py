@@ -298,6 +298,7 @@ class Settings:
             for name, patch in (("wholebody.patch", self.wholebody.patch), ("finetune.patch", self.finetune.patch)):
                 fits = patch is None or all(p >= t and p % t == 0 for p, t in zip(patch, self.token_patch, strict=True))
                 require(fits, f"{name} {patch} is no multiple of token_patch {self.token_patch}")
+                require(patch != self.token_patch, f"{name} {patch} is a single token; it must hold two or more")
 
     @property
     def sizes(self) -> Preset:

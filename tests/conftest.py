@@ -18,7 +18,7 @@ SETTINGS = [
 ]  # fmt: skip
 
 
-LONGEST = ("test_stock_commands.py", "test_pretrain_runs.py", "test_discovery.py")
+LONGEST = ("test_stock_workflow.py", "test_stock_commands.py", "test_pretrain_runs.py", "test_discovery.py")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

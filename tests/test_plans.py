@@ -197,6 +197,8 @@ def test_wrong_settings_are_refused_in_one_line(assignment, names):
 def test_sizes_that_do_not_fit_are_refused():
     with pytest.raises(UserError, match="no multiple of token_patch"):
         override(Settings(), ["token_patch=[8,16,16]", "finetune.patch=[32,60,64]"])
+    with pytest.raises(UserError, match="finetune.patch .* single token"):
+        Settings(token_patch=(8, 16, 4), finetune=Finetune(patch=(8, 16, 4)))
     with pytest.raises(UserError, match="does not fit"):
         override(Settings(), ["wholebody.grid=[40,64,64]", "wholebody.patch=[32,64,64]", "wholebody.k=2"])
 
