@@ -33,12 +33,17 @@ SHARES, REPETITIONS = (0.2, 1.0), 3
 STOCK_PLANS = "nnUNetPlansSmall"
 # A budget of some three minutes of one CPU core a training, its validation included
 COMMON = (
-    "token_patch=[8,8,8] finetune.batch_size=2 finetune.iterations=25 finetune.val_iterations=4 "
-    "finetune.learning_rate=5e-4 finetune.foreground=0.5 finetune.mirror_axes= pretrain.batch_size=8 "
-    "pretrain.learning_rate=1e-3"
+    "token_patch=[8,8,8] finetune.iterations=25 finetune.val_iterations=4 finetune.mirror_axes= pretrain.epochs=60 "
+    "pretrain.batch_size=8 pretrain.learning_rate=1e-3"
 )
-CROPS = "finetune.patch=[32,32,48] finetune.epochs=12 pretrain.epochs=60 pretrain.patches_per_case=4"
-WHOLE_BODIES = "finetune.patch=[32,80,48] finetune.epochs=8 pretrain.epochs=60 pretrain.patches_per_case=1"
+LARGE_TUMOURS = (
+    "finetune.patch=[32,32,48] finetune.batch_size=2 finetune.foreground=0.5 finetune.epochs=12 "
+    "finetune.learning_rate=5e-4 pretrain.patches_per_case=4"
+)
+SMALL_LESIONS = (
+    "finetune.patch=[32,32,32] finetune.batch_size=4 finetune.foreground=0.75 finetune.epochs=16 "
+    "finetune.learning_rate=1e-3 pretrain.patches_per_case=1"
+)
 
 
 def read(path: Path) -> np.ndarray:
@@ -86,7 +91,7 @@ def prepare(todo: Comparison, args: argparse.Namespace) -> Path:
         convert += f" -n {args.cases}" if args.cases else ""
     todo.run(Step("convert", convert, raw))
     write_folds(raw, args.validation)
-    settings = " ".join([COMMON, CROPS if args.studies else WHOLE_BODIES, *map(shlex.quote, args.set)])
+    settings = " ".join([COMMON, LARGE_TUMOURS if args.studies else SMALL_LESIONS, *map(shlex.quote, args.set)])
     todo.run(Step("plan_and_preprocess", f"fratmae_plan_and_preprocess -d {DATASET_ID} -preset {args.preset} -np 2 "
                                          f"--set {settings}", preprocessed))  # fmt: skip
     stock = f"-d {DATASET_ID} -overwrite_plans_name {STOCK_PLANS} -gpu_memory_target {args.stock_gb:g}"

@@ -82,7 +82,9 @@ def find_dataset(variable: str, dataset_id: int) -> Path:
     if len(found) != 1:
         known = ", ".join(sorted(p.name for p in root.glob("Dataset*_*"))) or "none"
         what = "no dataset" if not found else f"{len(found)} datasets"
-        raise UserError(f"-d {dataset_id}: {what} with this ID in {variable}={root} (there: {known})")
+        unplanned = variable == "nnUNet_preprocessed" and not found
+        raise UserError(f"-d {dataset_id}: {what} with this ID in {variable}={root} (there: {known})"
+                        + unplanned * "; plan it first: fratmae_plan_and_preprocess")  # fmt: skip
     return found[0]
 
 

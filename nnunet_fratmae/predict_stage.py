@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 CHECKPOINT = "checkpoint_final.pth"
 TABLE = "stages.csv"
 COLUMNS_AT_ONCE = 8  # occluded copies of a study in one pass
+SMALLEST_SCALE = 0.05  # of the picture, in probability: what hardly matters shall not look as if it did
 
 
 def main() -> None:
@@ -247,7 +248,7 @@ def draw_decision(
     pet = PRETRAINING_UNITS["PET"]
     spacing = voxel_size(plans, properties)
     predicted = networks[0].classes[int(np.argmax(probabilities))]
-    largest = max(float(np.abs(fall).max()), 1e-6)
+    largest = max(float(np.abs(fall).max()), SMALLEST_SCALE)
     figure = Figure(figsize=(9, 6), layout="constrained")
     plain, marked = figure.subplots(1, 2)
     for axes in (plain, marked):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from difflib import get_close_matches
 from typing import Any
 
 from nnUNet_raw_conversion.command import UserError
@@ -348,7 +349,11 @@ def override(settings: Settings, assignments: list[str]) -> Settings:
         for name in path:
             target = target.get(name) if isinstance(target, dict) else None
         known = isinstance(target, dict) and last in target and not isinstance(target[last], dict)
-        require(known, f"--set {key}: unknown key; there are {', '.join(_leaves(settings.to_json()))}")
+        if not known:
+            leaves = _leaves(settings.to_json())
+            similar = get_close_matches(key, leaves, n=3, cutoff=0.8)
+            raise UserError(f"--set {key}: unknown key; " + (f"did you mean {' or '.join(similar)}?" if similar else
+                            f"there are {', '.join(leaves)}"))  # fmt: skip
         try:
             target[last] = json.loads(text)
         except json.JSONDecodeError:

@@ -37,6 +37,8 @@ def export(state: Mapping[str, Any], folder: Path) -> None:
 
 def model_card(contract: Any, history: list[dict[str, Any]]) -> str:
     """What the weights are, in Markdown: for whom, from what, how good on held-out cases, how to load them."""
+    from nnunet_fratmae.networks.unetr import tap_layers  # imports torch
+
     seen = "\n".join(f"- {d['name']}: {d['cases']} cases, licence: {d['licence'] or 'not stated'}"
                      for d in contract.datasets)  # fmt: skip
     row = history[-1] if history else {}
@@ -53,7 +55,8 @@ epochs with nnunet-fratmae. For research on whole-body PET/CT; not a medical dev
 - Input: volumes (B, 1, H, W, D), {contract.axes}; CT in HU and PET in SUVbw, brought to pretraining units by
   `plans.units.to_units`.
 - Patch {list(contract.patch)} voxels of a study resized to {list(contract.grid)}, every {contract.k}. {contract.stack}
-  slice; tokens of {list(contract.token_patch)} voxels. Any patch of whole tokens loads.
+  slice; tokens of {list(contract.token_patch)} voxels. `load_pretrained(..., patch_size=(H, W, D))` for any other patch
+  of whole tokens.
 - Text tower: {contract.text_tower or "none"}
 
 ## Data
@@ -76,7 +79,7 @@ from nnunet_fratmae.artefact import load_pretrained
 from plans.units import to_units
 encoders = load_pretrained("this_folder")                       # "CT" and "PET", alone or both
 tokens = encoders["PET"](to_units("PET", suv))                  # (B, 1 + N, {contract.embed_dim}), CLS first
-maps = encoders["PET"].feature_maps(to_units("PET", suv), [3, 6, 9, 12])
+maps = encoders["PET"].feature_maps(to_units("PET", suv), {tap_layers(contract.depth)})
 ```
 
 In nnU-Net: `FRATMAE_PRETRAINED=this_folder nnUNetv2_train ID 3d_fullres 0 -tr FratMAETrainer`.

@@ -19,12 +19,18 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
-from timm.layers import Mlp
-from timm.models.vision_transformer import Attention
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
-from nnunet_fratmae.networks.vit import LAYER_NORM, dual_encoders, init_transformer, sincos_positions, token_grid
+from nnunet_fratmae.networks.vit import (
+    LAYER_NORM,
+    Attention,
+    Mlp,
+    dual_encoders,
+    init_transformer,
+    sincos_positions,
+    token_grid,
+)
 from plans.units import MODALITIES
 
 if TYPE_CHECKING:  # open_clip takes seconds to import, and two of the four arms do without it

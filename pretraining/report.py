@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
-from nnUNet_raw_conversion.pictures import HU_WINDOW, SUV_WINDOW, save_figure
+from nnUNet_raw_conversion.pictures import HU_WINDOW, SUV_WINDOW, name_sides, save_figure
 from plans.units import PRETRAINING_UNITS
 
 SHOWN = {"CT": ("gray", *HU_WINDOW), "PET": ("gray_r", *SUV_WINDOW)}
@@ -19,7 +20,7 @@ COLOURS = {"CT": "tab:blue", "PET": "tab:red"}
 
 def plot_progress(history: list[dict[str, Any]], path: Path) -> None:
     """Curves over the epochs: masked MSE with the guesses it must beat, cross-modal gain, retrieval, gradient norm."""
-    figure = Figure(figsize=(13, 7.5), layout="constrained")
+    figure = Figure(figsize=(15, 7.5), layout="constrained")
     (error, gain), (text, step) = figure.subplots(2, 2)
     for modality, colour in COLOURS.items():
         _curve(error, history, f"train_{modality}", f"{modality} train", color=colour, linestyle="--")
@@ -38,11 +39,15 @@ def plot_progress(history: list[dict[str, Any]], path: Path) -> None:
     _curve(step, history, "gradient_norm", "gradient norm", color="tab:orange")
     _curve(step, history, "data_wait", "share of time waiting for data", color="tab:brown")
     step.set(title="steps")
-    for axes in (error, gain, text, step):
+    no_gain = "needs cross-attention and held-out cases\nof two patients (pretrain.held_out)"
+    for axes, why_empty in ((error, ""), (gain, no_gain), (text, "this method has no text"), (step, "")):
         axes.set_xlabel("epoch")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.3)
         if axes.get_legend_handles_labels()[0]:
-            axes.legend(fontsize=7)
+            axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.01, 0.5))
+        else:
+            axes.text(0.5, 0.5, why_empty, ha="center", va="center", color="gray", transform=axes.transAxes)
     save_figure(figure, path)
 
 
@@ -84,6 +89,7 @@ def plot_reconstruction(
     for panel in panels.flat:
         panel.set_xticks([])
         panel.set_yticks([])
+        name_sides(panel, "RL")
     figure.suptitle(title, fontsize=10)
     save_figure(figure, path)
 
@@ -95,7 +101,7 @@ def _reconstruction(
     cmap, low, high = SHOWN[modality]
     unit = PRETRAINING_UNITS[modality].unit
     seen = np.ma.masked_invalid(project(np.where(masked, -np.inf, truth)))
-    pictures = {f"{what}, truth ({unit})": project(truth), "what the encoder sees": seen,
+    pictures = {f"{what}, truth ({unit})": project(truth), "what the encoder sees of it": seen,
                 "reconstruction": project(filled)}  # fmt: skip
     for panel, (name, picture) in zip(line, pictures.items(), strict=False):
         panel.set_facecolor("tab:olive")
@@ -104,7 +110,7 @@ def _reconstruction(
     limit = (high - low) / 2
     difference = upright(project(filled) - project(truth), stack)
     line[3].imshow(difference, cmap="coolwarm", vmin=-limit, vmax=limit)
-    line[3].set_title(f"difference (±{limit:g} {unit})", fontsize=9)
+    line[3].set_title(f"reconstruction - truth (red: {limit:g} {unit} too high)", fontsize=9)
 
 
 def _attention(line: Sequence[Axes], attention: dict[str, Any], stack: int) -> None:
@@ -115,10 +121,12 @@ def _attention(line: Sequence[Axes], attention: dict[str, Any], stack: int) -> N
     slice_of_ct = upright((attention["ct"] * units.std + units.mean).take(at, axis=stack), stack)
     there = np.zeros(attention["map"].shape)
     there[token] = 1
+    beside, summed = (m / attention["map"].sum() for m in (attention["map"].take(token[stack], axis=stack),
+                                                           attention["map"].sum(axis=stack)))  # fmt: skip
     maps = {
         "the hottest masked PET token": there.take(token[stack], axis=stack),
-        "where it looks in the CT, its slices": attention["map"].take(token[stack], axis=stack),
-        "over all slices": attention["map"].sum(axis=stack),
+        f"where it looks in the CT, its slices\n(brightest: {beside.max():.0%} of its attention)": beside,
+        f"over all slices\n(brightest: {summed.max():.0%})": summed,
     }
     line[0].imshow(slice_of_ct, cmap=cmap, vmin=low, vmax=high)
     line[0].set_title("CT there", fontsize=9)

@@ -61,6 +61,10 @@ def test_planning_says_what_is_wrong(arguments, says, folders, monkeypatch, caps
     assert not any((folders / "preprocessed").iterdir())
 
 
+def test_what_is_not_planned_is_to_be_planned_first(folders, monkeypatch, capsys):
+    assert "fratmae_plan_and_preprocess" in call(pretrain.main, "-d 3", monkeypatch, capsys)
+
+
 def test_planning_refuses_other_channels(folders, monkeypatch, capsys):
     make_raw(folders, channels=("CT", "MR"))
     assert "dataset.json" in call(plan_and_preprocess.main, "-d 3", monkeypatch, capsys)

@@ -54,6 +54,10 @@ def test_encoders_serve_other_tasks(aligned):
     hu = 100 * suv[..., :16, :32, :48]
     maps = load_pretrained(aligned, (16, 32, 48))["CT"].feature_maps(to_units("CT", hu), [3, 12])
     assert [m.shape for m in maps] == [(1, 192, 2, 2, 3)] * 2
+    with pytest.raises(ValueError, match="this encoder takes \\(32, 48, 64\\)"):
+        encoders["CT"](to_units("CT", hu))
+    with pytest.raises(ValueError, match="layers 1 to 12"):
+        encoders["PET"].feature_maps(to_units("PET", suv), [3, 13])
     with pytest.raises(UserError, match="no multiple of the token patch"):
         load_pretrained(aligned, (15, 32, 48))
     torch.testing.assert_close(to_units("CT", torch.tensor([-2000.0, 0, 3000])), torch.tensor([0, 1024, 2524]) / 500)

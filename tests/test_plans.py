@@ -177,7 +177,8 @@ def test_settings_survive_json():
 @pytest.mark.parametrize(
     "assignment, names",
     [
-        ("pretrain.epoch=3", "pretrain.epochs"),
+        ("pretrain.epoch=3", "did you mean pretrain.epochs"),
+        ("nonsense=3", "there are preset, token_patch"),
         ("pretrain=3", "unknown key"),
         ("preset=vit_x", "vit_tiny"),
         ("pretrain.epochs=many", "whole number"),

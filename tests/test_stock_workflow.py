@@ -239,6 +239,16 @@ def test_python_predicts_as_the_command_with_and_without_mirroring(desk, predict
     assert np.abs(plain - mirrored).max() > 1e-3
 
 
+def test_a_case_without_its_pet_ends_in_one_line(desk, tmp_path):
+    ct = next(desk.unseen.glob("*_0000.nii.gz"))
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / ct.name).symlink_to(ct)
+    output = desk.run(f"{PREDICT} -i {tmp_path}/in -o {tmp_path}/out", expect=1)
+    last = output.strip().splitlines()[-1]
+    assert "1 channels" in last and "fratmae_fill_missing" in last and "Traceback" not in output
+    assert not list(tmp_path.glob("out/*.nii.gz"))
+
+
 def test_a_model_travels_in_a_zip(desk, predicted, tmp_path):
     """Another machine has nnUNet_results alone, none of our variables, and predicts the same."""
     archive = tmp_path / "model.zip"

@@ -141,7 +141,7 @@ class FratMAEUNETR(nn.Module):
             raise ValueError(f"modalities {list(modalities)} do not name one or two of {input_channels} input channels")
         if deep_supervision:
             raise ValueError("UNETR has no deep supervision; train it with FratMAETrainer")
-        self.channels, self.axes = channels, list(axes)
+        self.input_channels, self.channels, self.axes = input_channels, channels, list(axes)
         self.tap_layers = tap_layers(depth)
         self.register_buffer("scale", torch.tensor(scale)[used].view(1, -1, 1, 1, 1), persistent=False)
         self.register_buffer("shift", torch.tensor(shift)[used].view(1, -1, 1, 1, 1), persistent=False)
@@ -156,6 +156,11 @@ class FratMAEUNETR(nn.Module):
         self.decoder = nn.ModuleDict({"seg_layers": decoder})
 
     def forward(self, x: Tensor) -> Tensor:
+        if x.shape[1] <= max(self.channels):
+            # SystemExit: nnUNetv2_predict reads whatever files there are, and this is our first place to see them
+            raise SystemExit(f"FratMAE: error: images with {x.shape[1]} channels, the model was trained with "
+                             f"{self.input_channels}; give every case all its files (_0000, _0001), or fill in the "
+                             "missing ones with fratmae_fill_missing")  # fmt: skip
         image = x[:, self.channels].permute(0, 1, *(axis + 2 for axis in self.axes)) * self.scale + self.shift
         image = image.clamp(self.lowest, self.highest)
         volumes = zip(self.encoders.values(), image.split(1, dim=1), strict=True)

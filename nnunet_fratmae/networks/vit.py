@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
 from functools import partial
 
 import torch
-from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from plans.units import MODALITIES
+
+with warnings.catch_warnings():  # of timm about torch 2.15, at the start of every command; no user can do anything
+    warnings.simplefilter("ignore", FutureWarning)
+    from timm.layers import Mlp as Mlp
+    from timm.models.vision_transformer import Attention as Attention
+    from timm.models.vision_transformer import Block
 
 LAYER_NORM = partial(nn.LayerNorm, eps=1e-6)
 SHORTEST_WAVE, LONGEST_WAVE = 2.5, 50.0
@@ -79,8 +85,17 @@ class ViTEncoder(nn.Module):
         """Linear tokens with position, (B, 1, H, W, D) -> (B, 1 + N, dim), or with only the tokens `keep` (B, n).
 
         `positions` (N, dim) is the embedding of a volume of another size than the encoder's own.
+
+        Raises:
+            ValueError: the volume is of another size.
         """
-        x = self.patch_embed(volume).flatten(2).transpose(1, 2) + (self.positions if positions is None else positions)
+        positions = self.positions if positions is None else positions
+        x = self.patch_embed(volume).flatten(2).transpose(1, 2)
+        if x.shape[1:] != positions.shape:
+            expected = tuple(n * t for n, t in zip(self.grid, self.patch_embed.stride, strict=True))
+            raise ValueError(f"volume of {tuple(volume.shape[2:])} voxels: this encoder takes {expected}; load it with "
+                             "the patch_size that you have, a multiple of the token patch")  # fmt: skip
+        x = x + positions
         if keep is not None:  # masked tokens are dropped before the encoder, as in MAE
             x = x.gather(1, keep.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
         # Flattened, so that its gradient has the strides that DDP's buckets expect with one patch a process
@@ -96,7 +111,13 @@ class ViTEncoder(nn.Module):
     def layer_tokens(
         self, volume: Tensor, layers: Sequence[int], positions: Tensor | None = None
     ) -> list[Tensor]:
-        """Outputs of the blocks `layers` (counted from 1), (B, 1 + N, dim) each; the last block's is normalised."""
+        """Outputs of the blocks `layers` (counted from 1), (B, 1 + N, dim) each; the last block's is normalised.
+
+        Raises:
+            ValueError: there is no such block.
+        """
+        if not set(layers) <= set(range(1, len(self.blocks) + 1)):
+            raise ValueError(f"layers {list(layers)}: this encoder has the layers 1 to {len(self.blocks)}")
         x, outputs = self.embed(volume, positions=positions), []
         for number, block in enumerate(self.blocks, start=1):
             x = block(x)
