@@ -41,7 +41,7 @@ LARGE_TUMOURS = (
     "finetune.learning_rate=5e-4 pretrain.patches_per_case=4"
 )
 SMALL_LESIONS = (
-    "finetune.patch=[32,32,32] finetune.batch_size=4 finetune.foreground=0.75 finetune.epochs=16 "
+    "finetune.patch=[32,32,32] finetune.batch_size=4 finetune.foreground=0.75 finetune.epochs=24 "
     "finetune.learning_rate=1e-3 pretrain.patches_per_case=1"
 )
 
@@ -87,7 +87,7 @@ def prepare(todo: Comparison, args: argparse.Namespace) -> Path:
                    "--ct CTres.nii.gz --pet SUV.nii.gz --seg SEG.nii.gz --grid 6,6,6 -np 2")  # fmt: skip
     else:
         anatomy = shlex.quote(str(args.anatomy.resolve()))
-        convert = f"fratmae_phantom -d {DATASET_ID} --anatomy {anatomy} --spacing 10.2 10.2 10.2 -np 2"
+        convert = f"fratmae_phantom -d {DATASET_ID} --anatomy {anatomy} --spacing 8 8 8 -np 2"
         convert += f" -n {args.cases}" if args.cases else ""
     todo.run(Step("convert", convert, raw))
     write_folds(raw, args.validation)
