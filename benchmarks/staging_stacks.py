@@ -33,7 +33,7 @@ STACKS = {
 }
 ARMS = ("scratch", "pretrained")
 COMMON = (
-    "wholebody.grid=[64,64,96] wholebody.k=2 staging.epochs=40 staging.batch_size=4 staging.learning_rate=5e-4 "
+    "wholebody.grid=[64,64,96] wholebody.k=2 staging.epochs=60 staging.batch_size=4 staging.learning_rate=5e-4 "
     "staging.patience=null staging.workers=0 pretrain.epochs=40 pretrain.patches_per_case=1 pretrain.batch_size=8 "
     "pretrain.learning_rate=5e-4 pretrain.workers=1"
 )

@@ -174,13 +174,13 @@ def test_every_parameter_learns():
     assert [n for n, p in network.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0] == []
 
 
-def test_features_are_cls_and_mean_token_of_four_layers_of_both_encoders():
+def test_features_are_cls_mean_and_largest_of_four_layers_of_both_encoders():
     network = FratMAEStaging(2, 2, **SMALL, classes=["a", "b"]).eval()
     seen = []
     network.head["seg_layers"].register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     image = torch.randn(3, 2, *PATCH)
     network(image)
-    assert seen[0].shape == (3, 4, 4 * 24)
+    assert seen[0].shape == (3, 4, 6 * 24)
     for number, name in enumerate(("CT", "PET")):
         encoder = network.encoders[name]
         x = encoder.embed(image[:, number : number + 1])
@@ -188,14 +188,15 @@ def test_features_are_cls_and_mean_token_of_four_layers_of_both_encoders():
             x = block(x)
             tokens = encoder.norm(x) if layer == 3 else x
             mean = sum(tokens[:, i] for i in range(1, 25)) / 24
-            part = seen[0][:, layer, 48 * number : 48 * (number + 1)]
-            torch.testing.assert_close(part, torch.cat([tokens[:, 0], mean], 1), atol=1e-5, rtol=1e-4)
+            largest = torch.stack([tokens[:, i] for i in range(1, 25)]).max(0).values
+            part = seen[0][:, layer, 72 * number : 72 * (number + 1)]
+            torch.testing.assert_close(part, torch.cat([tokens[:, 0], mean, largest], 1), atol=1e-5, rtol=1e-4)
 
 
-def test_summaries_leave_the_cls_token_out_of_the_mean():
+def test_summaries_leave_the_cls_token_out_of_mean_and_largest():
     tokens = torch.zeros(1, 3, 2)
-    tokens[0, 0], tokens[0, 1:] = 5.0, torch.tensor([[1.0, 2.0], [3.0, 4.0]])
-    assert summarise([tokens]).tolist() == [[[5.0, 5.0, 2.0, 3.0]]]
+    tokens[0, 0], tokens[0, 1:] = 5.0, torch.tensor([[1.0, 4.0], [3.0, 2.0]])
+    assert summarise([tokens]).tolist() == [[[5.0, 5.0, 2.0, 3.0, 3.0, 4.0]]]
 
 
 def test_all_that_is_not_pretrained_is_skipped_by_stock_pretrained_weights():

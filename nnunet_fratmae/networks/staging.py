@@ -15,16 +15,21 @@ from nnunet_fratmae.networks.unetr import LEVELS, FratMAEUNETR, tap_layers
 from nnunet_fratmae.networks.vit import LAYER_NORM, dual_encoders, init_transformer, sincos_positions, token_grid
 from plans.units import MODALITIES
 
+SUMMARIES = 3  # of a layer's tokens, see `summarise`
+
 
 def summarise(tokens: Sequence[Tensor]) -> Tensor:
-    """CLS token beside the mean of the other tokens of each layer: layers x (B, 1 + N, dim) -> (B, layers, 2 * dim)."""
-    return torch.stack([torch.cat([t[:, 0], t[:, 1:].mean(1)], dim=-1) for t in tokens], dim=1)
+    """CLS token, mean and largest of the other tokens of each layer: layers x (B, 1 + N, dim) -> (B, layers, 3 * dim).
+
+    The largest of every feature, because a stage may hang on a single lesion, which a mean over the body dilutes.
+    """
+    return torch.stack([torch.cat([t[:, 0], t[:, 1:].mean(1), t[:, 1:].amax(1)], dim=-1) for t in tokens], dim=1)
 
 
 def summarise_pair(
     encoders: nn.ModuleDict, x: Tensor, layers: Sequence[int], positions: Tensor | None = None
 ) -> Tensor:
-    """The encoders' summaries of CT and PET (B, 2, H, W, D) side by side, (B, layers, 2 * len(encoders) * dim)."""
+    """The encoders' summaries of CT and PET (B, 2, H, W, D) side by side, (B, layers, 3 * len(encoders) * dim)."""
     volumes = {name: x[:, number : number + 1] for number, name in enumerate(MODALITIES)}
     summaries = [summarise(e.layer_tokens(volumes[name], layers, positions)) for name, e in encoders.items()]
     return torch.cat(summaries, dim=-1)
@@ -86,7 +91,7 @@ class FratMAEStaging(nn.Module):
         self.classes = list(classes)
         self.layers = tap_layers(depth)
         self.encoders = dual_encoders(patch_size, token_patch, embed_dim, depth, num_heads, modalities)
-        head = StagingHead(LEVELS, 2 * len(modalities) * embed_dim, embed_dim, len(self.classes), dropout)
+        head = StagingHead(LEVELS, SUMMARIES * len(modalities) * embed_dim, embed_dim, len(self.classes), dropout)
         # Stock `nnUNetv2_train -pretrained_weights` skips keys with ".seg_layers." and wants all others in the file
         self.head = nn.ModuleDict({"seg_layers": head})
 
@@ -113,7 +118,7 @@ class FratMAEJoint(FratMAEUNETR):
         token_patch, dim = encoder.patch_embed.kernel_size, encoder.patch_embed.out_channels
         positions = sincos_positions(token_grid(stages["patch_size"], token_patch), dim)
         self.register_buffer("study_positions", positions, persistent=False)
-        head = StagingHead(LEVELS, 2 * len(self.encoders) * dim, dim, len(self.classes), stages["dropout"])
+        head = StagingHead(LEVELS, SUMMARIES * len(self.encoders) * dim, dim, len(self.classes), stages["dropout"])
         self.head = nn.ModuleDict({"seg_layers": head})
 
     def forward(self, x: Tensor | tuple[Tensor, Tensor]) -> Tensor | list[Tensor]:
