@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import shutil
@@ -89,6 +90,14 @@ class Comparison:
                 pool.shutdown(wait=False, cancel_futures=True)
             for future in done:
                 future.result()
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """What every comparison can be told."""
+    parser.add_argument("-preset", default="vit_nano")
+    parser.add_argument("-device", default="cpu")
+    parser.add_argument("-j", type=int, default=2, help="trainings side by side")
+    parser.add_argument("--set", nargs="+", default=[])
 
 
 def mean_spread(values: list[float]) -> str:

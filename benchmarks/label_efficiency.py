@@ -22,7 +22,7 @@ from pathlib import Path
 
 import numpy as np
 import SimpleITK as sitk
-from _steps import Comparison, Row, Step, mean_spread
+from _steps import Comparison, Row, Step, add_options, mean_spread
 
 from nnunet_fratmae.discovery import TRAINERS
 from nnunet_fratmae.evaluation import THRESHOLD, dice, threshold_mask
@@ -150,10 +150,7 @@ def main() -> None:
     parser.add_argument("--validation", type=int, default=6, help="validation cases")
     parser.add_argument("--stock_gb", type=float, default=0.25, help="memory (GB) that nnU-Net plans for; its default, "
                         "8, means patches of which a CPU core makes a handful in the time")  # fmt: skip
-    parser.add_argument("-preset", default="vit_nano")
-    parser.add_argument("-device", default="cpu")
-    parser.add_argument("-j", type=int, default=2, help="trainings side by side")
-    parser.add_argument("--set", nargs="+", default=[])
+    add_options(parser)
     args = parser.parse_args()
     todo = Comparison(args.work)
     raw = prepare(todo, args)

@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-from _steps import Comparison, Row, Step, mean_spread
+from _steps import Comparison, Row, Step, add_options, mean_spread
 
 from nnUNet_raw_conversion.command import UserError
 from nnUNet_raw_conversion.splits import make_splits
@@ -58,10 +58,7 @@ def main() -> None:
     parser.add_argument("work", type=Path)
     parser.add_argument("--cases", type=int, default=240)
     parser.add_argument("--folds", type=int, default=3)
-    parser.add_argument("-preset", default="vit_nano")
-    parser.add_argument("-device", default="cpu")
-    parser.add_argument("-j", type=int, default=2, help="trainings side by side")
-    parser.add_argument("--set", nargs="+", default=[])
+    add_options(parser)
     args = parser.parse_args()
     todo = Comparison(args.work)
     raw = todo.work / "raw" / NAME

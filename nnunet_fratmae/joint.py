@@ -18,18 +18,11 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from nnunet_fratmae.networks.staging import FratMAEJoint
-from nnunet_fratmae.stage_data import (
-    StagingStudies,
-    WeightedCrossEntropy,
-    class_weights,
-    classify_all,
-    in_order,
-    list_studies,
-)
+from nnunet_fratmae.stage_data import StagingStudies, class_loss, classify_all, in_order, list_studies
 from nnunet_fratmae.stage_metrics import save_summary, stage_metrics
 from nnUNet_raw_conversion.command import UserError, nnunet_folder
 from plans.settings import Settings
-from plans.staging import STAGING_CONFIGURATION, joint_plans, read_cohort
+from plans.staging import STAGING_CONFIGURATION, cohort_of_model, joint_plans, read_cohort
 from pretraining.data import Batches, Key
 
 TRAIN_CURVE = "train_stage_losses"
@@ -94,13 +87,10 @@ class StageBranch:
     ) -> None:  # fmt: skip
         """
         Raises:
-            UserError: as `add_branch`, or the classes are no longer those of the network.
+            UserError: as `cohort_of_model`.
         """
         self.settings, self.network = Settings.from_json(plans["fratmae"]), network
-        self.cohort = read_cohort(preprocessed, plans, fold)
-        if self.cohort.classes != network.classes:
-            raise UserError(f"{preprocessed / 'clinical.csv'} has the classes {', '.join(self.cohort.classes)}, this "
-                            f"model has {', '.join(network.classes)}; train anew")  # fmt: skip
+        self.cohort = cohort_of_model(preprocessed, plans, fold, network.classes)
         store = preprocessed / plans["configurations"][STAGING_CONFIGURATION]["data_identifier"]
         training, validation = (
             list_studies(store, side, dataset_json) for side in (self.cohort.training, self.cohort.validation)
@@ -112,9 +102,8 @@ class StageBranch:
 
     def joint_loss(self, segmentation: nn.Module) -> JointLoss:
         """The loss of a training step, given that of the segmentation."""
-        labels = list(self.cohort.training.values())
-        weights = class_weights(labels, len(self.cohort.classes)) if self.settings.staging.class_weights else None
-        return JointLoss(segmentation, WeightedCrossEntropy(weights), self.settings.finetune.stage_weight)
+        stage = class_loss(self.cohort, self.settings.staging)
+        return JointLoss(segmentation, stage, self.settings.finetune.stage_weight)
 
     def open(self, step: int, rank: int = 0, world: int = 1, pin_memory: bool = False) -> None:
         """Start the stream where `step` steps were trained, so that a resumed training goes on with the next studies.

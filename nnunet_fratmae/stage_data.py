@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from plans.extension import find_modalities
-from plans.settings import Pretrain, WholeBody
+from plans.settings import Pretrain, Staging, WholeBody
+from plans.staging import Cohort
 from plans.units import PRETRAINING_UNITS
 from pretraining.data import Case, Key, View, augment, read_patch, window
 
@@ -99,3 +100,9 @@ def class_weights(labels: list[int], classes: int) -> Tensor:
     """(classes,) weights inverse to the class's share, with mean 1 over `labels`; 0 for a class that is absent."""
     counts = torch.bincount(torch.tensor(labels), minlength=classes).float()
     return torch.where(counts > 0, len(labels) / ((counts > 0).sum() * counts.clamp_min(1)), 0.0)
+
+
+def class_loss(cohort: Cohort, staging: Staging) -> WeightedCrossEntropy:
+    """The loss of a training on `cohort`, with class weights if `staging` has them."""
+    labels = list(cohort.training.values())
+    return WeightedCrossEntropy(class_weights(labels, len(cohort.classes)) if staging.class_weights else None)

@@ -22,20 +22,13 @@ from torch.utils.data import DataLoader
 
 from nnunet_fratmae.nnunet_api import curves
 from nnunet_fratmae.optimization import CosineSchedule, parameter_groups
-from nnunet_fratmae.stage_data import (
-    StagingStudies,
-    WeightedCrossEntropy,
-    class_weights,
-    classify_all,
-    in_order,
-    list_studies,
-)
+from nnunet_fratmae.stage_data import StagingStudies, class_loss, classify_all, in_order, list_studies
 from nnunet_fratmae.stage_metrics import FIGURES, save_summary, stage_metrics
 from nnunet_fratmae.trainer import FratMAETrainer, prepare_plans
 from nnUNet_raw_conversion.command import UserError, nnunet_folder
 from nnUNet_raw_conversion.pictures import save_figure
 from plans.extension import find_modalities
-from plans.staging import STAGING_CONFIGURATION, Cohort, read_cohort, staging_plans
+from plans.staging import STAGING_CONFIGURATION, Cohort, cohort_of_model, read_cohort, staging_plans
 from pretraining.data import Batches
 
 CURVES = ("val_accuracy", "val_macro_sensitivity", "val_auc")
@@ -101,13 +94,10 @@ class FratMAEStagingTrainer(FratMAETrainer):
     def cohort(self) -> Cohort:
         """The cases of this fold; a user's error ends the command."""
         try:
-            cohort = read_cohort(Path(self.preprocessed_dataset_folder_base), self.plans_manager.plans, self.fold)
+            folder, plans = Path(self.preprocessed_dataset_folder_base), self.plans_manager.plans
+            return cohort_of_model(folder, plans, self.fold, self.classes)
         except UserError as error:
             raise SystemExit(f"{type(self).__name__}: error: {error}") from None
-        if cohort.classes != self.classes:
-            raise SystemExit(f"{type(self).__name__}: error: clinical.csv has the classes {', '.join(cohort.classes)}, "
-                             f"this model has {', '.join(self.classes)}; train anew")  # fmt: skip
-        return cohort
 
     def initialize(self) -> None:
         torch.manual_seed(self.settings.staging.seed)
@@ -119,9 +109,7 @@ class FratMAEStagingTrainer(FratMAETrainer):
         return optimizer, CosineSchedule(optimizer, self.num_epochs)
 
     def _build_loss(self) -> nn.Module:
-        labels = list(self.cohort.training.values())
-        weights = class_weights(labels, len(self.classes)) if self.settings.staging.class_weights else None
-        return WeightedCrossEntropy(weights).to(self.device)
+        return class_loss(self.cohort, self.settings.staging).to(self.device)
 
     def do_split(self) -> tuple[list[str], list[str]]:
         return list(self.cohort.training), list(self.cohort.validation)

@@ -138,6 +138,19 @@ def _write_split(preprocessed: Path, labels: Mapping[str, str]) -> None:
         partial.write_text(json.dumps(folds, indent=4))
 
 
+def cohort_of_model(preprocessed: Path, plans: dict[str, Any], fold: int | str, classes: list[str]) -> Cohort:
+    """`read_cohort` for a network that has these classes.
+
+    Raises:
+        UserError: as `read_cohort`, or clinical.csv has other classes by now.
+    """
+    cohort = read_cohort(preprocessed, plans, fold)
+    if cohort.classes != classes:
+        raise UserError(f"{preprocessed / 'clinical.csv'} has the classes {', '.join(cohort.classes)}, this model has "
+                        f"{', '.join(classes)}; train anew")  # fmt: skip
+    return cohort
+
+
 def joint_plans(plans: dict[str, Any], configuration: str, classes: list[str]) -> dict[str, Any]:
     """FratMAE plans whose segmentation network also classifies whole bodies; the argument is not changed."""
     plans = deepcopy(plans)

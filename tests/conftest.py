@@ -63,13 +63,49 @@ def raw(tmp_path, monkeypatch) -> Path:
     return tmp_path / "raw"
 
 
+@pytest.fixture
+def preprocessed_toy(tmp_path, monkeypatch) -> None:
+    """nnU-Net's three folders with as much of Dataset007_T as a trainer on the CPU looks at before it trains."""
+    for name in ("raw", "preprocessed", "results"):
+        monkeypatch.setenv(f"nnUNet_{name}", str(tmp_path / name))
+    monkeypatch.delenv("FRATMAE_PRETRAINED", raising=False)
+    data = tmp_path / "preprocessed" / "Dataset007_T" / "data"
+    data.mkdir(parents=True)
+    (data / "case.b2nd").write_bytes(b"")
+
+
+@pytest.fixture
+def make_trainer(preprocessed_toy):
+    """A trainer of a tiny network on the CPU, from plans as stock nnU-Net writes them, ready to train."""
+    import torch
+
+    from nnunet_fratmae.trainer import FratMAETrainer
+    from tests.test_plans import DATASET_JSON, stock_plans
+
+    def make(transpose=(0, 1, 2), dataset_json=DATASET_JSON, modalities=None, **finetune) -> FratMAETrainer:
+        plans = stock_plans((48, 16, 32), transpose) | {"dataset_name": "Dataset007_T", "label_manager": "LabelManager"}
+        plans["configurations"]["3d_fullres"] |= {
+            "data_identifier": "data", "spacing": [(6.0, 4.0, 5.0)[axis] for axis in transpose], "batch_dice": True,
+            "use_mask_for_norm": [False, False],
+        }  # fmt: skip
+        plans["fratmae"] = {"preset": "vit_nano", "token_patch": [8, 16, 16], "modalities": modalities,
+                            "finetune": {"batch_size": 2, **finetune}}  # fmt: skip
+        labels = {"background": 0, "lesion": 1}
+        dataset_json = dataset_json | {"labels": labels, "file_ending": ".nii.gz", "numTraining": 5}
+        trainer = FratMAETrainer(plans, "3d_fullres", 0, dataset_json, torch.device("cpu"))
+        trainer.initialize()
+        return trainer
+
+    return make
+
+
 @pytest.fixture(scope="session")
 def phantoms(tmp_path_factory) -> Workspace:
     """Six coarse phantoms (ID 7) planned with a tiny network, and two more (ID 8) that nobody trains on."""
     workspace = Workspace(tmp_path_factory.mktemp("phantoms"))
     workspace.run("fratmae_phantom -d 7 -n 6 --seed 1 --spacing 10 11 12")
     workspace.run("fratmae_phantom -d 8 -n 2 --seed 2 --spacing 10 11 12")
-    workspace.run(f"fratmae_plan_and_preprocess -d 7 -preset vit_tiny -np 2 --set {' '.join(SETTINGS)}")
+    workspace.run(f"fratmae_plan_and_preprocess -d 7 -preset vit_nano -np 2 --set {' '.join(SETTINGS)}")
     return workspace
 
 

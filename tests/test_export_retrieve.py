@@ -50,14 +50,14 @@ def test_encoders_serve_other_tasks(aligned):
     encoders = load_pretrained(aligned)
     suv = 4 * torch.rand(1, 1, 32, 48, 64)
     tokens = encoders["PET"](to_units("PET", suv))
-    assert tokens.shape == (1, 1 + 4 * 3 * 4, 192)
+    assert tokens.shape == (1, 1 + 4 * 3 * 4, 96)
     hu = 100 * suv[..., :16, :32, :48]
-    maps = load_pretrained(aligned, (16, 32, 48))["CT"].feature_maps(to_units("CT", hu), [3, 12])
-    assert [m.shape for m in maps] == [(1, 192, 2, 2, 3)] * 2
+    maps = load_pretrained(aligned, (16, 32, 48))["CT"].feature_maps(to_units("CT", hu), [3, 4])
+    assert [m.shape for m in maps] == [(1, 96, 2, 2, 3)] * 2
     with pytest.raises(ValueError, match="this encoder takes \\(32, 48, 64\\)"):
         encoders["CT"](to_units("CT", hu))
-    with pytest.raises(ValueError, match="layers 1 to 12"):
-        encoders["PET"].feature_maps(to_units("PET", suv), [3, 13])
+    with pytest.raises(ValueError, match="layers 1 to 4"):
+        encoders["PET"].feature_maps(to_units("PET", suv), [3, 5])
     with pytest.raises(UserError, match="no multiple of the token patch"):
         load_pretrained(aligned, (15, 32, 48))
     torch.testing.assert_close(to_units("CT", torch.tensor([-2000.0, 0, 3000])), torch.tensor([0, 1024, 2524]) / 500)

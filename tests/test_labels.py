@@ -39,15 +39,8 @@ def dataset(labels: dict, names: tuple[str, ...] = ("CT", "PET")) -> dict:
 
 
 @pytest.fixture
-def make_trainer(tmp_path, monkeypatch):
+def make_trainer(preprocessed_toy):
     """A trainer on the CPU for a dataset.json, from plans as stock nnU-Net writes them, ready to train."""
-    for name in ("raw", "preprocessed", "results"):
-        monkeypatch.setenv(f"nnUNet_{name}", str(tmp_path / name))
-    monkeypatch.delenv("FRATMAE_PRETRAINED", raising=False)
-    data = tmp_path / "preprocessed" / "Dataset007_T" / "data"
-    data.mkdir(parents=True)
-    (data / "case.b2nd").write_bytes(b"")
-
     def make(dataset_json: dict, configuration: str = "3d_fullres", **config) -> FratMAETrainer:
         channels = len(dataset_json["channel_names"])
         plans = stock_plans((48, 16, 32)) | {"dataset_name": "Dataset007_T", "label_manager": "LabelManager"}
@@ -255,7 +248,7 @@ def test_regions_ignore_and_a_third_channel_by_the_commands(tmp_path):
     content = dataset(REGIONS_IGNORE, ("CT", "PET", "noNorm"))
     (folder / "dataset.json").write_text(json.dumps(content))
     sizes = "token_patch=[8,16,16] finetune.patch=[16,32,48] finetune.batch_size=2 finetune.epochs=1"
-    said = workspace.run("fratmae_plan_and_preprocess -d 9 -preset vit_tiny -np 1 --set finetune.iterations=2 "
+    said = workspace.run("fratmae_plan_and_preprocess -d 9 -preset vit_nano -np 1 --set finetune.iterations=2 "
                          f"finetune.val_iterations=1 wholebody.grid=[16,32,48] {sizes}")  # fmt: skip
     assert "channel 2 is neither CT nor PET" in said
     plans = json.loads((workspace.preprocessed / folder.name / "FratMAEPlans.json").read_text())

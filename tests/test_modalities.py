@@ -224,32 +224,6 @@ def test_the_log_says_what_the_network_sees(artefact):
 # -------------------------------------------------------------------------------------------------------- the training
 
 
-@pytest.fixture
-def make_trainer(tmp_path, monkeypatch):
-    """A trainer of a tiny network on the CPU, from plans as stock nnU-Net writes them, ready to train."""
-    for name in ("raw", "preprocessed", "results"):
-        monkeypatch.setenv(f"nnUNet_{name}", str(tmp_path / name))
-    monkeypatch.delenv("FRATMAE_PRETRAINED", raising=False)
-    data = tmp_path / "preprocessed" / "Dataset007_T" / "data"
-    data.mkdir(parents=True)
-    (data / "case.b2nd").write_bytes(b"")
-
-    def make(dataset_json, transpose=(0, 1, 2), modalities=None, **finetune) -> FratMAETrainer:
-        plans = stock_plans((48, 16, 32), transpose) | {"dataset_name": "Dataset007_T", "label_manager": "LabelManager"}
-        plans["configurations"]["3d_fullres"] |= {
-            "data_identifier": "data", "spacing": [(6.0, 4.0, 5.0)[axis] for axis in transpose], "batch_dice": True,
-            "use_mask_for_norm": [False, False],
-        }  # fmt: skip
-        plans["fratmae"] = {"preset": "vit_tiny", "token_patch": [8, 16, 16], "modalities": modalities,
-                            "finetune": {"batch_size": 2, **finetune}}  # fmt: skip
-        dataset_json = dataset_json | {"labels": LABELS, "file_ending": ".nii.gz", "numTraining": 5}
-        trainer = FratMAETrainer(plans, "3d_fullres", 0, dataset_json, torch.device("cpu"))
-        trainer.initialize()
-        return trainer
-
-    return make
-
-
 def augmented(trainer: FratMAETrainer, image: torch.Tensor, times: int) -> list[torch.Tensor]:
     patch = tuple(image.shape[1:])
     transforms = trainer.get_training_transforms(patch, (-0.2, 0.2), None, (0,), False)
@@ -260,7 +234,7 @@ def augmented(trainer: FratMAETrainer, image: torch.Tensor, times: int) -> list[
 @pytest.mark.parametrize("dataset_json, modalities", [(PET_FIRST, "PET"), (CT_ONLY, None)])
 def test_training_on_one_modality(dataset_json, modalities, make_trainer):
     """Augmentation runs and leaves the channel that is not seen to nnU-Net; every parameter gets a gradient."""
-    trainer = make_trainer(dataset_json, modalities=modalities, layer_decay=0.75)
+    trainer = make_trainer(dataset_json=dataset_json, modalities=modalities, layer_decay=0.75)
     channels = len(dataset_json["channel_names"])
     shape = tuple(trainer.configuration_manager.patch_size)
     torch.manual_seed(0)
@@ -274,7 +248,7 @@ def test_training_on_one_modality(dataset_json, modalities, make_trainer):
 @pytest.mark.parametrize("dataset_json", [CT_FIRST, PET_FIRST])
 def test_a_share_of_the_patches_lacks_one_modality(dataset_json, transpose, make_trainer):
     """CT and PET as often, never both, and what is missing is exactly the value that the plans give it."""
-    trainer = make_trainer(dataset_json, transpose, modality_dropout=0.4)
+    trainer = make_trainer(transpose, dataset_json, modality_dropout=0.4)
     absent = absent_values(trainer.plans_manager.plans, trainer.configuration_manager.configuration)
     channels = find_channels(dataset_json)
     torch.manual_seed(0)
@@ -298,7 +272,7 @@ def test_a_missing_modality_leaves_the_other_alone():
 
 
 def test_without_dropout_nothing_is_missing(make_trainer):
-    trainer = make_trainer(CT_FIRST)
+    trainer = make_trainer(dataset_json=CT_FIRST)
     transforms = trainer.get_training_transforms((16, 16, 16), (-0.2, 0.2), None, (0,), False).transforms
     assert not any("Missing" in type(getattr(t, "transform", t)).__name__ for t in transforms)
 

@@ -44,7 +44,7 @@ from nnunet_fratmae.trainer import FratMAETrainer
 from plans.planner import FratMAEPlanner
 from plans.wholebody import WholeBodyConfiguration
 from tests.test_plans import DATASET_JSON
-from tests.test_trainer import LABELS, batch, make_trainer  # noqa: F401 - a fixture
+from tests.test_trainer import LABELS, batch
 
 MET = f"nnunetv2 {version('nnunetv2')}"
 OURS = [FratMAETrainer, FratMAEStagingTrainer]
@@ -94,7 +94,7 @@ def test_methods_of_planner_and_configuration_are_there(ours, base):
         assert hasattr(base, name), f"{MET}: {base.__name__}.{name} is gone, the override of {ours.__name__} is dead"
 
 
-def test_a_renamed_method_stops_the_training_in_one_line(make_trainer, monkeypatch):  # noqa: F811
+def test_a_renamed_method_stops_the_training_in_one_line(make_trainer, monkeypatch):
     """The name has a typo that somebody may mend; head would then be mirrored to feet without a word."""
     monkeypatch.delattr(nnUNetTrainer, "configure_rotation_dummyDA_mirroring_and_inital_patch_size")
     with pytest.raises(SystemExit, match="configure_rotation_dummyDA_mirroring_and_inital_patch_size") as error:
@@ -114,7 +114,7 @@ ATTRIBUTES = (
 )  # fmt: skip
 
 
-def test_attributes_that_we_read_or_set_are_nnunets(make_trainer):  # noqa: F811
+def test_attributes_that_we_read_or_set_are_nnunets(make_trainer):
     """One that was renamed would be set and never read."""
     source = inspect.getsource(nnUNetTrainer)
     gone = [name for name in ATTRIBUTES if f"self.{name}" not in source]
@@ -209,7 +209,7 @@ def test_stock_pretrained_weights_still_skip_what_is_called_seg_layers(tmp_path)
 
 
 @pytest.mark.parametrize("given", [None, False, True])
-def test_resuming_is_taken_from_the_plans_and_given_back(given, make_trainer, monkeypatch):  # noqa: F811
+def test_resuming_is_taken_from_the_plans_and_given_back(given, make_trainer, monkeypatch):
     """From 2.7 on nnU-Net wants "continue_training" in the plans; a trainer made from Python has none."""
     plans = {"a": 1} | ({} if given is None else {"continue_training": given})
     assert take_resume(plans) == {"continue_training": bool(given)} and plans == {"a": 1}
@@ -231,7 +231,7 @@ def old_signature(arch_class_name, arch_init_kwargs, arch_init_kwargs_req_import
 
 
 @pytest.mark.parametrize("signature", ["as it is", "before 2.8"])
-def test_the_network_is_built_by_nnunet_whatever_its_signature(signature, make_trainer, monkeypatch):  # noqa: F811
+def test_the_network_is_built_by_nnunet_whatever_its_signature(signature, make_trainer, monkeypatch):
     """FratMAETrainer does not define build_network_architecture, so training and prediction call nnU-Net's own."""
     assert "build_network_architecture" not in vars(FratMAETrainer)
     if signature == "before 2.8":
@@ -244,7 +244,7 @@ def test_the_network_is_built_by_nnunet_whatever_its_signature(signature, make_t
         assert again.decoder["seg_layers"].head.out_channels == 3
 
 
-def test_curves_are_those_that_the_logger_keeps(make_trainer):  # noqa: F811
+def test_curves_are_those_that_the_logger_keeps(make_trainer):
     trainer = make_trainer()
     curves(trainer)["of_ours"] = []
     trainer.logger.log("of_ours", 1.5, 0)
@@ -252,7 +252,7 @@ def test_curves_are_those_that_the_logger_keeps(make_trainer):  # noqa: F811
     assert trainer.logger.get_checkpoint()["of_ours"] == [1.5]
 
 
-def test_settings_in_the_plans_do_not_disturb_nnunet(make_trainer):  # noqa: F811
+def test_settings_in_the_plans_do_not_disturb_nnunet(make_trainer):
     """The top-level blocks "fratmae" and "fratmae_chosen" pass through nnU-Net's managers, a configuration as it is."""
     plans = make_trainer().plans_manager.plans
     managed = PlansManager({**plans, "fratmae_chosen": {"token_patch": [8, 16, 16]}})

@@ -33,8 +33,8 @@ def trained_on_stock_plans(phantoms, pretraining) -> str:
 
 
 def test_log_says_what_was_loaded(trained_on_ours):
-    assert "CT encoder: 149 tensors loaded, 0 missing, 0 left over" in trained_on_ours
-    assert "PET encoder: 149 tensors loaded, 0 missing, 0 left over" in trained_on_ours
+    assert "CT encoder: 53 tensors loaded, 0 missing, 0 left over" in trained_on_ours
+    assert "PET encoder: 53 tensors loaded, 0 missing, 0 left over" in trained_on_ours
     assert "FROM SCRATCH" not in trained_on_ours
 
 
@@ -43,7 +43,7 @@ def test_stock_plans_follow_the_artefact_and_keep_their_axes(trained_on_stock_pl
     plans = json.loads((results(phantoms, "nnUNetPlans") / "plans.json").read_text())
     config = plans["configurations"]["3d_fullres"]
     kwargs = config["architecture"]["arch_kwargs"]
-    assert (kwargs["embed_dim"], kwargs["token_patch"], kwargs["patch_size"]) == (192, [8, 16, 16], [16, 32, 48])
+    assert (kwargs["embed_dim"], kwargs["token_patch"], kwargs["patch_size"]) == (96, [8, 16, 16], [16, 32, 48])
     assert plans["transpose_forward"] == [0, 1, 2] and config["patch_size"] == [48, 16, 32]  # SI, AP, LR
     assert kwargs["scale"] != [1.0, 1.0], "stock normalisation is undone by the affine"
 
@@ -94,7 +94,7 @@ def test_plans_move_to_another_dataset(phantoms, pretraining):
     assert moved["configurations"]["wholebody"]["data_identifier"] == "MovedPlans_wholebody"
     output = phantoms.run(OURS.replace(" 7 ", " 8 ").replace(" 0 ", " all ").replace("FratMAEPlans", "MovedPlans"),
                           FRATMAE_PRETRAINED=str(pretraining))  # fmt: skip
-    assert "149 tensors loaded" in output and "Mean Validation Dice" in output
+    assert "53 tensors loaded" in output and "Mean Validation Dice" in output
 
 
 def test_mirroring_at_test_time_is_left_right_only(trained_on_stock_plans, phantoms):

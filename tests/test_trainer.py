@@ -20,31 +20,6 @@ TRANSPOSES = [(0, 1, 2), (1, 2, 0), (2, 0, 1)]
 LABELS = {"background": 0, "lesion": 1}
 
 
-@pytest.fixture
-def make_trainer(tmp_path, monkeypatch):
-    """A trainer of a tiny network on the CPU, from plans as stock nnU-Net writes them, ready to train."""
-    for name in ("raw", "preprocessed", "results"):
-        monkeypatch.setenv(f"nnUNet_{name}", str(tmp_path / name))
-    monkeypatch.delenv("FRATMAE_PRETRAINED", raising=False)
-    data = tmp_path / "preprocessed" / "Dataset007_T" / "data"
-    data.mkdir(parents=True)
-    (data / "case.b2nd").write_bytes(b"")
-
-    def make(transpose=(0, 1, 2), **finetune) -> FratMAETrainer:
-        plans = stock_plans((48, 16, 32), transpose) | {"dataset_name": "Dataset007_T", "label_manager": "LabelManager"}
-        plans["configurations"]["3d_fullres"] |= {
-            "data_identifier": "data", "spacing": [(6.0, 4.0, 5.0)[axis] for axis in transpose], "batch_dice": True,
-            "use_mask_for_norm": [False, False],
-        }  # fmt: skip
-        plans["fratmae"] = {"preset": "vit_tiny", "token_patch": [8, 16, 16], "finetune": {"batch_size": 2, **finetune}}
-        dataset_json = DATASET_JSON | {"labels": LABELS, "file_ending": ".nii.gz", "numTraining": 5}
-        trainer = FratMAETrainer(plans, "3d_fullres", 0, dataset_json, torch.device("cpu"))
-        trainer.initialize()
-        return trainer
-
-    return make
-
-
 def batch(trainer: FratMAETrainer) -> dict[str, torch.Tensor]:
     shape = (2, *trainer.configuration_manager.patch_size)
     return {"data": torch.randn(2, *shape), "target": torch.randint(0, 2, (2, 1, *shape[1:])).float()}

@@ -2,9 +2,7 @@
 
 import os
 import time
-from typing import Any
 
-import torch
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
 
@@ -14,20 +12,10 @@ class nnUNetTrainerTimed(nnUNetTrainer):
     Its validation does not mirror, as that of the rivals here, since eight passes would take longer than the training.
     """
 
-    def __init__(
-        self,
-        plans: dict[str, Any],
-        configuration: str,
-        fold: int,
-        dataset_json: dict[str, Any],
-        device: torch.device = torch.device("cuda"),  # noqa: B008 - nnU-Net compares signatures
-    ) -> None:
-        super().__init__(plans, configuration, fold, dataset_json, device)
-        self.seconds = float(os.environ["NNUNET_SECONDS"])
+    def run_training(self) -> None:
+        seconds = float(os.environ["NNUNET_SECONDS"])
         self.num_iterations_per_epoch, self.num_val_iterations_per_epoch = 5, 1  # nnU-Net's ratio
         self.save_every = self.num_epochs
-
-    def run_training(self) -> None:
         self.on_train_start()
         start = time.monotonic()
         while self.current_epoch < self.num_epochs:
@@ -40,7 +28,7 @@ class nnUNetTrainerTimed(nnUNetTrainer):
             self.on_validation_epoch_end([self.validation_step(next(self.dataloader_val)) for _ in steps])
             self.on_epoch_end()
             # How many epochs fit, judged by those that are over; none more once the time is up
-            self.num_epochs = int(self.current_epoch * max(1, self.seconds / (time.monotonic() - start)))
+            self.num_epochs = int(self.current_epoch * max(1, seconds / (time.monotonic() - start)))
             self.lr_scheduler.max_steps = self.num_epochs
         self.on_train_end()
 
