@@ -50,12 +50,18 @@ def read(path: Path) -> np.ndarray:
     return sitk.GetArrayFromImage(sitk.ReadImage(str(path)))
 
 
-def write_folds(raw: Path, validation: int) -> None:
+def lesion_volume(path: Path) -> float:
+    """Volume of all lesions in ml."""
+    label = sitk.ReadImage(str(path))
+    return (sitk.GetArrayFromImage(label) > 0).sum() * np.prod(label.GetSpacing()) / 1000
+
+
+def write_folds(raw: Path, validation: int, least_volume: float) -> None:
     """splits_final.json, which nnU-Net and fratmae_plan_and_preprocess take over; the same at every start."""
     labels = {path.name.removesuffix(".nii.gz"): path for path in sorted((raw / "labelsTr").iterdir())}
     draw = random.Random(0)
-    with_lesion = [case for case, path in labels.items() if read(path).any()]  # where Dice is defined
-    held_out = sorted(draw.sample(with_lesion, validation))
+    fit = [case for case, path in labels.items() if lesion_volume(path) > least_volume]
+    held_out = sorted(draw.sample(fit, validation))
     training = [case for case in labels if case not in held_out]
     folds = []
     for share in SHARES:
@@ -90,7 +96,7 @@ def prepare(todo: Comparison, args: argparse.Namespace) -> Path:
         convert = f"fratmae_phantom -d {DATASET_ID} --anatomy {anatomy} --spacing 8 8 8 -np 2"
         convert += f" -n {args.cases}" if args.cases else ""
     todo.run(Step("convert", convert, raw))
-    write_folds(raw, args.validation)
+    write_folds(raw, args.validation, args.least_volume)
     settings = " ".join([COMMON, LARGE_TUMOURS if args.studies else SMALL_LESIONS, *map(shlex.quote, args.set)])
     todo.run(Step("plan_and_preprocess", f"fratmae_plan_and_preprocess -d {DATASET_ID} -preset {args.preset} -np 2 "
                                          f"--set {settings}", preprocessed))  # fmt: skip
@@ -148,6 +154,8 @@ def main() -> None:
     source.add_argument("--anatomy", type=Path)
     parser.add_argument("--cases", type=int, help="phantoms (default: one an organ map)")
     parser.add_argument("--validation", type=int, default=6, help="validation cases")
+    parser.add_argument("--least_volume", type=float, default=0.0, help="ml of lesion that a validation case has more "
+                        "than; the Dice of a few voxels is all or nothing")  # fmt: skip
     parser.add_argument("--stock_gb", type=float, default=0.25, help="memory (GB) that nnU-Net plans for; its default, "
                         "8, means patches of which a CPU core makes a handful in the time")  # fmt: skip
     add_options(parser)
