@@ -40,8 +40,9 @@ LARGE_TUMOURS = (
     "finetune.patch=[32,32,48] finetune.batch_size=2 finetune.foreground=0.5 finetune.epochs=12 "
     "finetune.learning_rate=5e-4 pretrain.patches_per_case=4"
 )
+# At batch size 1, as in prediction, PyTorch's fast convolutions on a CPU begin at patches of about this width
 SMALL_LESIONS = (
-    "finetune.patch=[32,32,32] finetune.batch_size=4 finetune.foreground=0.75 finetune.epochs=24 "
+    "finetune.patch=[48,56,32] finetune.batch_size=2 finetune.foreground=0.75 finetune.epochs=14 "
     "finetune.learning_rate=1e-3 pretrain.patches_per_case=1"
 )
 

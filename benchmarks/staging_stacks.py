@@ -33,8 +33,8 @@ STACKS = {
 }
 ARMS = ("scratch", "pretrained")
 COMMON = (
-    "wholebody.grid=[64,64,96] wholebody.k=2 staging.epochs=60 staging.batch_size=4 staging.learning_rate=5e-4 "
-    "staging.patience=null staging.workers=0 pretrain.epochs=40 pretrain.patches_per_case=1 pretrain.batch_size=8 "
+    "wholebody.grid=[64,64,96] wholebody.k=2 staging.epochs=40 staging.batch_size=4 staging.learning_rate=5e-4 "
+    "staging.patience=null staging.workers=0 pretrain.epochs=20 pretrain.patches_per_case=1 pretrain.batch_size=8 "
     "pretrain.learning_rate=5e-4 pretrain.workers=1"
 )
 
@@ -56,7 +56,7 @@ def training_row(results: Path) -> Row:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("work", type=Path)
-    parser.add_argument("--cases", type=int, default=240)
+    parser.add_argument("--cases", type=int, default=400)
     parser.add_argument("--folds", type=int, default=3)
     add_options(parser)
     args = parser.parse_args()
