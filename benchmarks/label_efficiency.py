@@ -42,7 +42,7 @@ LARGE_TUMOURS = (
 )
 # At batch size 1, as in prediction, PyTorch's fast convolutions on a CPU begin at patches of about this width
 SMALL_LESIONS = (
-    "finetune.patch=[48,56,16] finetune.batch_size=3 finetune.foreground=0.75 finetune.epochs=20 "
+    "finetune.patch=[48,56,16] finetune.batch_size=3 finetune.foreground=0.75 finetune.epochs=10 "
     "finetune.learning_rate=1e-3 pretrain.patches_per_case=1"
 )
 

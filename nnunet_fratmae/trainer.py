@@ -27,6 +27,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from nnunet_fratmae.artefact import check_artefact, load_encoders
 from nnunet_fratmae.augmentation import misalign, physical_augmentation
 from nnunet_fratmae.joint import TRAIN_CURVE, VALIDATION_CURVES, StageBranch, add_branch
+from nnunet_fratmae.networks.unetr import FratMAEUNETR
 from nnunet_fratmae.nnunet_api import check_overrides, curves, take_resume
 from nnunet_fratmae.optimization import CosineSchedule, parameter_groups
 from nnUNet_raw_conversion.command import UserError
@@ -107,6 +108,8 @@ class FratMAETrainer(nnUNetTrainer):
         if self.preparation_error is not None:
             raise SystemExit(f"{type(self).__name__}: error: {self.preparation_error}")
         super().initialize()
+        if isinstance(network := self.bare_network(), FratMAEUNETR):
+            network.decoder["seg_layers"].start_as_background(self.label_manager.has_regions)
         for note in self.notes:
             self.print_to_log_file(note, add_timestamp=False)
         if self.settings.pretrained is not None and not self.settings.finetune.from_scratch:

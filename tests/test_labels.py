@@ -100,6 +100,18 @@ def test_trains_with_the_labels_of_the_dataset(labels, make_trainer):
     assert len(scored["tp_hard"]) == foreground and np.isfinite(scored["loss"])
 
 
+@pytest.mark.parametrize("labels", SETS.values(), ids=SETS)
+def test_a_new_network_takes_one_voxel_in_a_hundred_for_each_lesion(labels, make_trainer):
+    """Without what the features say: the probabilities are those of the biases."""
+    trainer = make_trainer(dataset(labels))
+    with torch.no_grad():
+        trainer.bare_network().decoder["seg_layers"].head.weight.zero_()
+        logits = trainer.network(torch.randn(1, 2, *trainer.configuration_manager.patch_size))[0]
+    probabilities = trainer.label_manager.apply_inference_nonlin(logits)
+    lesions = probabilities if trainer.label_manager.has_regions else probabilities[1:]
+    assert torch.allclose(lesions, torch.tensor(0.01), rtol=0.03)
+
+
 @pytest.mark.parametrize("labels", [IGNORE, REGIONS_IGNORE], ids=["labels", "regions"])
 def test_what_is_ignored_has_no_weight(labels, make_trainer):
     """The loss does not change with what the network says where the label is "ignore"."""

@@ -7,6 +7,7 @@ Where CT or PET is used alone, the network has that encoder only.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -17,6 +18,7 @@ from nnunet_fratmae.networks.vit import dual_encoders
 from plans.units import MODALITIES
 
 LEVELS = 4  # UNETR taps the encoder four times; the decoder has as many upsampling steps
+LESION_PRIOR = 0.01  # probability with which a new network takes a voxel for lesion
 
 
 def upsampling_steps(token_patch: Sequence[int]) -> list[tuple[int, ...]]:
@@ -66,6 +68,18 @@ class UNETRDecoder(nn.Module):
         )
         self.merges = nn.ModuleList(conv_block(2 * width, width) for width in widths)
         self.head = nn.Conv3d(features, num_classes, kernel_size=1)
+
+    @torch.no_grad()
+    def start_as_background(self, regions: bool) -> None:
+        """Biases with which nearly every voxel starts as background, `regions` with a logit each or classes in a row.
+
+        From even odds, the first hundreds of steps would go into learning that lesions are rare (Lin et al. 2017, Focal
+        Loss, section 4.1, whose prior this is).
+        """
+        odds = math.log((1 - LESION_PRIOR) / LESION_PRIOR)
+        self.head.bias.fill_(-odds if regions else 0.0)
+        if not regions:
+            self.head.bias[0] = odds
 
     @staticmethod
     def _climb(channels: int, width: int, steps: Sequence[tuple[int, ...]]) -> nn.Module:
