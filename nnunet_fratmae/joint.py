@@ -93,7 +93,8 @@ class StageBranch:
         self.cohort = cohort_of_model(preprocessed, plans, fold, network.classes)
         store = preprocessed / plans["configurations"][STAGING_CONFIGURATION]["data_identifier"]
         training, validation = (
-            list_studies(store, side, dataset_json) for side in (self.cohort.training, self.cohort.validation)
+            list_studies(store, side, dataset_json, self.settings.wholebody.grid)
+            for side in (self.cohort.training, self.cohort.validation)
         )
         staging, whole = self.settings.staging, self.settings.wholebody
         self.training = StagingStudies(training, whole, self.settings.pretrain, staging.seed)

@@ -60,17 +60,25 @@ def _run(args: argparse.Namespace) -> None:
     networks = [load_network(plans, dataset_json, path).to(args.device) for path in checkpoints]
     print(f"{len(studies)} studies, folds {', '.join(path.parent.name[5:] for path in checkpoints)}")
     args.o.mkdir(parents=True, exist_ok=True)
-    rows = []
+    rows, refused = [], []
     for case, images in tqdm(studies.items(), "Studies"):
-        volume, _, properties = read_study(case, images, None, plans, dataset_json)
+        try:
+            volume, _, properties = read_study(case, images, None, plans, dataset_json)
+        except UserError as error:  # the others are not to wait for it
+            refused.append(str(error))
+            continue
         patch = central_patch(volume, plans, dataset_json)
         probabilities = ensemble(networks, patch)
         rows.append((case, probabilities))
         if not args.no_pictures:
             draw_decision(args.o / f"{case}.png", case, patch, networks, probabilities, plans, properties)
-    with renamed(args.o / TABLE) as partial:
-        write_stages(partial, networks[0].classes, rows)
-    print(args.o / TABLE)
+    if rows:
+        with renamed(args.o / TABLE) as partial:
+            write_stages(partial, networks[0].classes, rows)
+        print(args.o / TABLE)
+    if refused:
+        raise UserError(f"{len(refused)} of {len(studies)} studies are not in {TABLE}, the first because of "
+                        f"{refused[0]}")  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------- what the user points at

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from plans.extension import find_modalities
 from plans.settings import Pretrain, Staging, WholeBody
 from plans.staging import Cohort
 from plans.units import PRETRAINING_UNITS
-from pretraining.data import Case, Key, View, augment, read_patch, window
+from pretraining.data import Case, Key, View, augment, check_grid, read_patch, window
 
 
 class StagingStudies(Dataset):
@@ -52,10 +52,18 @@ class StagingStudies(Dataset):
         return {"data": augment(read_patch(case, view.window), view), "target": label}
 
 
-def list_studies(store: Path, labels: Mapping[str, int], dataset_json: dict[str, Any]) -> list[tuple[Case, int]]:
-    """The cases of a whole-body grid store that are in `labels`, each with the number of its class."""
+def list_studies(
+    store: Path, labels: Mapping[str, int], dataset_json: dict[str, Any], grid: Sequence[int]
+) -> list[tuple[Case, int]]:
+    """The cases of a whole-body grid store that are in `labels`, each with the number of its class.
+
+    Raises:
+        UserError: a study that is not on the grid.
+    """
     channels = tuple(find_modalities(dataset_json))
-    return [(Case(store / f"{name}.b2nd", name, channels), label) for name, label in labels.items()]
+    studies = [(Case(store / f"{name}.b2nd", name, channels), label) for name, label in labels.items()]
+    check_grid([case.path for case, _ in studies], grid)
+    return studies
 
 
 def in_order(studies: StagingStudies, batch_size: int, **how: Any) -> DataLoader:

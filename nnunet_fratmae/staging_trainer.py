@@ -29,7 +29,7 @@ from nnUNet_raw_conversion.command import UserError, nnunet_folder
 from nnUNet_raw_conversion.pictures import save_figure
 from plans.extension import find_modalities
 from plans.staging import STAGING_CONFIGURATION, Cohort, cohort_of_model, read_cohort, staging_plans
-from pretraining.data import Batches
+from pretraining.data import Batches, Case
 
 CURVES = ("val_accuracy", "val_macro_sensitivity", "val_auc")
 DICE_LISTS = ("mean_fg_dice", "ema_fg_dice", "dice_per_class_or_region")
@@ -117,8 +117,7 @@ class FratMAEStagingTrainer(FratMAETrainer):
     def get_dataloaders(self) -> tuple[DataLoader, DataLoader]:
         """Training batches in an order of each epoch's own, and all validation cases in theirs."""
         staging, whole = self.settings.staging, self.settings.wholebody
-        studies = list_studies(Path(self.preprocessed_dataset_folder), self.cohort.training, self.dataset_json)
-        training = StagingStudies(studies, whole, self.settings.pretrain, staging.seed)
+        training = StagingStudies(self._studies(self.cohort.training), whole, self.settings.pretrain, staging.seed)
         size = self.configuration_manager.batch_size
         batches = Batches(len(training), size, size, rank=0, world=1, seed=staging.seed)
         how = {"num_workers": min(staging.workers, get_allowed_n_proc_DA()), "pin_memory": self.device.type == "cuda"}
@@ -126,8 +125,15 @@ class FratMAEStagingTrainer(FratMAETrainer):
         return DataLoader(training, batch_sampler=batches, **how), self._validation_loader(**how)
 
     def _validation_loader(self, **how: Any) -> DataLoader:
-        studies = list_studies(Path(self.preprocessed_dataset_folder), self.cohort.validation, self.dataset_json)
-        return in_order(StagingStudies(studies, self.settings.wholebody), self.configuration_manager.batch_size, **how)
+        studies = StagingStudies(self._studies(self.cohort.validation), self.settings.wholebody)
+        return in_order(studies, self.configuration_manager.batch_size, **how)
+
+    def _studies(self, labels: dict[str, int]) -> list[tuple[Case, int]]:
+        store, grid = Path(self.preprocessed_dataset_folder), self.settings.wholebody.grid
+        try:
+            return list_studies(store, labels, self.dataset_json, grid)
+        except UserError as error:
+            raise SystemExit(f"{type(self).__name__}: error: {error}") from None
 
     # -------------------------------------------------------------------------------------------------- the training
 

@@ -10,7 +10,8 @@ import json
 import math
 import os
 from collections.abc import Iterator
-from dataclasses import replace
+from copy import deepcopy
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,12 @@ from plans.units import MODALITIES
 PRETRAINED_VARIABLE = "FRATMAE_PRETRAINED"
 ROTATION = math.radians(15)  # a patient on the table is never further off
 SCALING = (0.85, 1.25)  # nnU-Net's range for the patch that is read before augmentation
+CHANGEABLE = {
+    "finetune": ("epochs", "iterations", "val_iterations", "foreground", "learning_rate", "pet_scale", "ct_shift",
+                 "misalignment", "mirror_axes"),
+    "staging": ("epochs", "learning_rate", "patience", "workers"),
+}  # fmt: skip
+"""Settings that a training which goes on takes from the plans of today; all others stay those that it began with."""
 
 
 class FratMAETrainer(nnUNetTrainer):
@@ -128,7 +135,12 @@ class FratMAETrainer(nnUNetTrainer):
         """As nnU-Net, but the network is that of the checkpoint, whatever FRATMAE_PRETRAINED says today."""
         if not self.was_initialized:
             checkpoint = torch.load(filename_or_checkpoint, map_location="cpu", weights_only=False, mmap=True)
-            self.plans_manager = PlansManager(checkpoint["init_args"]["plans"])
+            plans = checkpoint["init_args"]["plans"]
+            if self.preparation_error is None:
+                plans, notes = go_on_with(plans, self.settings)
+                for note in notes:
+                    self.print_to_log_file(note, add_timestamp=False)
+            self.plans_manager = PlansManager(plans)
             self.configuration_manager = self.plans_manager.get_configuration(self.configuration_name)
             self._use_finetune_settings()
             super().initialize()  # all weights come from the checkpoint, so none are pretrained
@@ -236,7 +248,10 @@ class FratMAETrainer(nnUNetTrainer):
         axes = dict(zip("HWD", self.configuration_manager.network_arch_init_kwargs["axes"], strict=True))
         # A thin coronal slab (H first, as FratMAEPlans have it) is rotated in its plane only
         in_plane = axes["H"] == 0 and max(patch_size) / patch_size[0] > ANISO_THRESHOLD
-        rotation = (-ROTATION, ROTATION)
+        # Rotations are of voxels: where these are longer than wide, they shear, the more the larger the angle
+        spacing = self.configuration_manager.spacing[1 if in_plane else 0 :]
+        angle = ROTATION * min(spacing) / max(spacing)
+        rotation = (-angle, angle)
         initial_patch_size = get_patch_size(patch_size, rotation, rotation, rotation, SCALING)
         if in_plane:
             initial_patch_size[0] = patch_size[0]
@@ -288,10 +303,31 @@ def prepare_plans(
                          f"plans said {settings.preset} and {list(settings.token_patch or [])}")  # fmt: skip
         wanted = replace(wanted, pretrained=str(pretrained))
     plans, warnings = extend_plans(plans, dataset_json, wanted, configuration)
+    if settings.finetune.freeze and pretrained is None:
+        notes.append("WARNING: fratmae.finetune.freeze keeps encoders as they are that nobody trained, unless "
+                     "-pretrained_weights brings some")  # fmt: skip
     notes += [f"WARNING: {warning}" for warning in warnings]
     if plans["fratmae"]["modalities"] in MODALITIES:
         notes.append(f"this network sees {plans['fratmae']['modalities']} alone (fratmae.modalities)")
     return plans, notes
+
+
+def go_on_with(plans: dict[str, Any], today: Settings) -> tuple[dict[str, Any], list[str]]:
+    """Plans of a checkpoint with what may change of the settings of today, and notes on what changed."""
+    begun, block, notes = Settings.from_json(plans["fratmae"]), deepcopy(plans["fratmae"]), []
+    for part, names in CHANGEABLE.items():
+        then, now = getattr(begun, part), getattr(today, part)
+        for field in fields(now):
+            was, wanted = getattr(then, field.name), getattr(now, field.name)
+            if was == wanted or field.name in ("patch", "batch_size", "gpu_memory_target"):  # of the planning
+                continue
+            if field.name in names:
+                block.setdefault(part, {})[field.name] = wanted
+                notes.append(f"fratmae.{part}.{field.name} is {wanted} from now on, it was {was}")
+            else:
+                notes.append(f"WARNING: fratmae.{part}.{field.name} stays {was}, with which this training began; the "
+                             f"plans say {wanted}")  # fmt: skip
+    return {**plans, "fratmae": block}, notes
 
 
 def check_other_folds(model_folder: Path, plans: dict[str, Any], configuration: str, fold: int) -> None:

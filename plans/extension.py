@@ -7,10 +7,13 @@ nnU-Net builds, and the settings are kept in the top-level block "fratmae".
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import replace
 from typing import Any
+
+from nnunetv2.configuration import ANISO_THRESHOLD
 
 from nnUNet_raw_conversion.command import UserError
 from plans.contract import Contract
@@ -57,6 +60,7 @@ def extend_plans(
                         "cascade; use 3d_fullres")  # fmt: skip
     axes = hwd_axes(plans["transpose_forward"])
     median = tuple(int(round(config["median_image_size_in_voxels"][axis])) for axis in axes)
+    spacing = [config["spacing"][axis] for axis in axes]
     classes = count_classes(dataset_json)
     present = find_channels(dataset_json, settings.modalities)
     settings = replace(settings, modalities="both" if len(present) > 1 else next(iter(present)))
@@ -66,8 +70,8 @@ def extend_plans(
         settings = choose_sizes(replace(settings, finetune=finetune), median, classes)
         settings = replace(settings, finetune=replace(settings.finetune, patch=cover(planned, settings.token_patch)))
     else:
-        settings = _sizes_that_fit(settings, median, classes)
-    lost = _lost_to_pretraining(plans, config, present)
+        settings = _sizes_that_fit(settings, median, classes, spacing)
+    lost = lost_to_pretraining(plans, config, present)
     if lost and settings.pretrained and not settings.finetune.from_scratch:
         raise UserError(f"pretrained encoders {settings.pretrained} cannot be used with these plans: {lost[0]}; or "
                         "train from scratch (fratmae.finetune.from_scratch)")  # fmt: skip
@@ -135,10 +139,13 @@ def cover(shape: Sequence[int], token_patch: Sequence[int], limit: Sequence[int]
     return (h, w, d) if limit is None else (min(h, limit[0]), min(w, limit[1]), min(d, limit[2]))
 
 
-def choose_sizes(settings: Settings, median: Sequence[int], classes: int = 2) -> Settings:
-    """Settings with every size that was left open chosen for studies of `median` (H, W, D) voxels.
+def choose_sizes(
+    settings: Settings, median: Sequence[int], classes: int = 2, spacing: Sequence[float] = (1.0, 1.0, 1.0)
+) -> Settings:
+    """Settings with every size that was left open chosen for studies of `median` (H, W, D) voxels of `spacing` mm.
 
-    The paper's sizes where the data allow, smaller ones for smaller studies. For fine-tuning, the largest batch up to
+    The paper's sizes where the data allow, smaller ones for smaller studies. Where nnU-Net calls a spacing anisotropic,
+    the patch of the fine-tuning has the paper's proportions in mm. For fine-tuning, the largest batch up to
     the paper's that fits `finetune.gpu_memory_target`; where not even two patches fit, a smaller patch (of at least
     MIN_TOKENS tokens, so it may not fit either).
     """
@@ -154,7 +161,8 @@ def choose_sizes(settings: Settings, median: Sequence[int], classes: int = 2) ->
     settings = replace(settings, wholebody=replace(whole, grid=grid, patch=slab, k=k))
     patch, batch = settings.finetune.patch, settings.finetune.batch_size
     if patch is None:
-        patch = _shrink(settings, cover(median, token, cover(largest, token)), batch or MIN_BATCH, classes)
+        largest = cover(_in_proportion(largest, spacing, token), token)
+        patch = _shrink(settings, cover(median, token, largest), batch or MIN_BATCH, classes)
     if batch is None:
         fitting = (n for n in range(MAX_BATCH, MIN_BATCH, -1) if _fits(settings, patch, n, classes))
         batch = next(fitting, MIN_BATCH)
@@ -194,9 +202,17 @@ def _shrink(settings: Settings, patch: Sequence[int], batch: int, classes: int) 
     return h, w, d
 
 
-def _sizes_that_fit(settings: Settings, median: Sequence[int], classes: int) -> Settings:
+def _in_proportion(patch: Sequence[int], spacing: Sequence[float], token: Sequence[int]) -> tuple[int, ...]:
+    """A patch of isotropic voxels, as one of about as many voxels of `spacing` and the same proportions in mm."""
+    if max(spacing) <= ANISO_THRESHOLD * min(spacing):
+        return tuple(patch)
+    mean = math.prod(spacing) ** (1 / len(spacing))
+    return tuple(max(t, round(p * mean / s / t) * t) for p, s, t in zip(patch, spacing, token, strict=True))
+
+
+def _sizes_that_fit(settings: Settings, median: Sequence[int], classes: int, spacing: Sequence[float]) -> Settings:
     """`choose_sizes`, refused if what it had to choose does not fit the memory."""
-    chosen = choose_sizes(settings, median, classes)
+    chosen = choose_sizes(settings, median, classes, spacing)
     finetune = chosen.finetune
     needed = training_memory(chosen, finetune.patch, finetune.batch_size, classes)
     if None in (settings.finetune.patch, settings.finetune.batch_size) and needed > finetune.gpu_memory_target:
@@ -238,7 +254,7 @@ def channel_modalities(dataset_json: dict[str, Any]) -> list[str]:
     channels = dataset_json.get("channel_names", dataset_json.get("modality", {}))
     names = [str(name) for _, name in sorted(channels.items(), key=lambda item: int(item[0]))]
     declared = dataset_json.get("fratmae", {}).get("modalities")
-    named = [str(name) for name in declared] if declared else [_modality(name) for name in names]
+    named = [_modality(str(name)) for name in declared or names]
     if named == ["CT", "CT"]:
         named = ["CT", "PET"]
     used = sorted(name for name in named if name in MODALITIES)
@@ -278,7 +294,8 @@ def find_modalities(dataset_json: dict[str, Any]) -> list[int]:
 
 
 def _modality(name: str) -> str:
-    return "PET" if any(word in name.upper() for word in ("PET", "PT", "SUV")) else name.upper()
+    words = re.findall("[A-Z]+", name.upper())
+    return "PET" if any(word == "PT" or "PET" in word or "SUV" in word for word in words) else name.upper()
 
 
 def _range_seen(modality: str, properties: dict[str, float]) -> float:
@@ -288,7 +305,7 @@ def _range_seen(modality: str, properties: dict[str, float]) -> float:
     return (high - low) / (units.upper - units.lower)
 
 
-def _lost_to_pretraining(plans: dict[str, Any], config: dict[str, Any], channels: dict[str, int]) -> list[str]:
+def lost_to_pretraining(plans: dict[str, Any], config: dict[str, Any], channels: dict[str, int]) -> list[str]:
     """What keeps a pretrained encoder from being the same function of the same patient, one line each."""
     lost = []
     for modality, channel in channels.items():

@@ -14,10 +14,9 @@ from typing import Any
 
 from nnUNet_raw_conversion.command import UserError, find_dataset, nnunet_folder, run_command
 from plans.contract import read_contract
-from plans.extension import channel_modalities, count_classes, follow_artefact, training_memory
-from plans.preprocessed import PLANS_NAME
+from plans.extension import count_classes, extend_plans, follow_artefact, training_memory
+from plans.preprocessed import PLANS_NAME, check_splits, read_json
 from plans.settings import Settings, add_arguments, override
-from plans.units import MODALITIES
 
 
 def main() -> None:
@@ -28,8 +27,8 @@ def main() -> None:
     parser.add_argument("-pretrained", metavar="ARTEFACT", help="output folder of fratmae_pretrain (or its weights "
                         "file) that the trainings start from; preset and token patch follow it")  # fmt: skip
     target = Settings().finetune.gpu_memory_target
-    parser.add_argument("-gpu_memory_target", type=float, metavar="GB", help="memory that patch and batch size of the "
-                        f"fine-tuning are chosen for; on several GPUs, that of all together (default: {target:g})")
+    parser.add_argument("-gpu_memory_target", type=float, metavar="GB", help="memory of the GPU that patch and batch "
+                        f"size of the fine-tuning are chosen for (default: {target:g}); several GPUs share the batch")
     add_arguments(parser, Settings.preset)
     parser.set_defaults(preset=None)  # None: as planned before, if it was
     run_command(parser, _run)
@@ -60,7 +59,7 @@ def planned_settings(earlier: Path, said: list[str], pretrained: str | None = No
     """
     settings = Settings()
     if earlier.is_file():
-        settings = _reopened(json.loads(earlier.read_text()))
+        settings = _reopened(read_json(earlier))
         kept = ", ".join(_differences(settings.to_json(), Settings().to_json()))
         print(f"{earlier} is there: what it sets stays unless this command says otherwise ({kept or 'nothing'}); "
               "remove it to start afresh")  # fmt: skip
@@ -83,7 +82,7 @@ def _reopened(plans: dict[str, Any]) -> Settings:
     block = plans.get("fratmae", {})
     for key, value in plans.get("fratmae_chosen", {}).items():
         *path, last = key.split(".")
-        part = block[path[0]] if path else block
+        part = block.get(path[0], {}) if path else block
         if part.get(last) == value:
             part[last] = None
     return Settings.from_json(block)
@@ -118,6 +117,7 @@ def plan_and_preprocess(raw: Path, settings: Settings, processes: int) -> None:
         raise UserError(f"{raw}/dataset.json is not there; convert the studies first (fratmae_convert_pairs)")
     dataset_json = json.loads((raw / "dataset.json").read_text())
     find_channels(dataset_json, settings.modalities)
+    check_splits(raw)
     studies = list_studies(raw, dataset_json)
     if not studies:
         raise UserError(f"{raw}: no studies in imagesTr or imagesPt; convert the studies first (fratmae_convert_pairs)")
@@ -158,9 +158,8 @@ def _summary(preprocessed: Path, plans: dict[str, Any], dataset_json: dict[str, 
     else:
         print("  wholebody   left out: pretraining and staging need CT and PET, this dataset has "
               f"{settings.modalities} alone")  # fmt: skip
-    for channel, name in enumerate(channel_modalities(dataset_json)):
-        if name not in MODALITIES:
-            print(f"  channel {channel} is neither CT nor PET, no network uses it")
+    for warning in extend_plans(plans, dataset_json, settings)[1]:
+        print(f"  WARNING: {warning}")
     if labelled:
         memory = training_memory(settings, fullres["patch_size"], fullres["batch_size"], count_classes(dataset_json))
         spacing = [round(s, 3) for s in fullres["spacing"]]

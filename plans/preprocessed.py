@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from nnUNet_raw_conversion.command import UserError, renamed
+from nnUNet_raw_conversion.command import UserError, nnunet_folder, renamed
 
 PLANS_NAME = "FratMAEPlans"
 
@@ -15,13 +15,40 @@ def load_plans(preprocessed: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """FratMAEPlans.json and dataset.json.
 
     Raises:
-        UserError: they are not there.
+        UserError: they are not there, or no JSON.
     """
     path = preprocessed / f"{PLANS_NAME}.json"
     if not path.is_file():
         dataset_id = int(preprocessed.name[7:10])
         raise UserError(f"{path} is not there; run fratmae_plan_and_preprocess -d {dataset_id} first")
-    return json.loads(path.read_text()), json.loads((preprocessed / "dataset.json").read_text())
+    return read_json(path), read_json(preprocessed / "dataset.json")
+
+
+def read_json(path: Path) -> Any:
+    """The content of a file that a user may have edited.
+
+    Raises:
+        UserError: it is no JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path}: is no JSON ({error}); mend it there, or plan again without it") from None
+
+
+def check_splits(raw: Path) -> None:
+    """See that the folds of a raw dataset are those that were preprocessed, as nnU-Net wants it, too.
+
+    Raises:
+        UserError: they changed since.
+    """
+    ours, theirs = raw / "splits_final.json", nnunet_folder("nnUNet_preprocessed") / raw.name / "splits_final.json"
+    if ours.is_file() and theirs.is_file():
+        before, now = ([{side: sorted(fold[side]) for side in ("train", "val")} for fold in read_json(path)]
+                       for path in (theirs, ours))  # fmt: skip
+        if before[: len(now)] != now:
+            raise UserError(f"{theirs}: has other folds than {ours} has by now; models trained so far validate by the "
+                            "first; remove it to take over the second, and train them anew")  # fmt: skip
 
 
 def validation_cases(preprocessed: Path, plans: dict[str, Any], fold: int) -> set[str]:

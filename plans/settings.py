@@ -171,7 +171,7 @@ class Finetune:
     batch_size: int | None = None
     """Patches of a step; null: chosen, at most 16 as in the paper."""
     gpu_memory_target: float = 8.0
-    """Memory (GB) that patch and batch size are chosen for; on several GPUs, that of all together."""
+    """Memory (GB) of a GPU that patch and batch size are chosen for; several share the batch, so each needs less."""
     epochs: int = 200
     """As nnU-Net counts them, `iterations` steps each."""
     iterations: int = 250

@@ -81,11 +81,18 @@ def _read_column(table: Path, name: str) -> dict[str, str | None]:
     return {case: None if text.lower() in UNKNOWN else text for case, text in texts.items()}
 
 
+def read_patients(table: Path, cases: Collection[str]) -> dict[str, str]:
+    """The patient of each case: a pseudonym where clinical.csv has the column, else each case is a patient."""
+    known = _read_column(table, "patient") if "patient" in read_table(table)[0] else {}
+    return {case: f"patient {known[case]}" if known.get(case) else case for case in cases}
+
+
 def read_cohort(preprocessed: Path, plans: dict[str, Any], fold: int | str) -> Cohort:
     """Who trains and who validates in `fold`: nnU-Net's splits_final.json, restricted to cases with a label.
 
     Cases that have no segmentation (imagesPt) are in no fold of nnU-Net; with a label they train in every fold and
-    validate in none. Where no case has a segmentation, splits_final.json is made anew, with the classes spread evenly.
+    validate in none. Where no case has a segmentation, splits_final.json is made anew, by patients (column `patient` of
+    clinical.csv) and with the classes spread evenly. No patient trains who also validates, whatever the split says.
     Fold "all" trains and validates on all.
 
     Raises:
@@ -98,17 +105,22 @@ def read_cohort(preprocessed: Path, plans: dict[str, Any], fold: int | str) -> C
                         f"{int(preprocessed.name[7:10])} again")  # fmt: skip
     classes, labels = read_labels(preprocessed / "clinical.csv", target, stored)
     segmented = _cases(preprocessed / configurations["3d_fullres"]["data_identifier"])
+    patients, notes = read_patients(preprocessed / "clinical.csv", stored), []
     if fold == "all":
         training = validation = set(stored)
     else:
         if not segmented and not (preprocessed / "splits_final.json").is_file():
-            _write_split(preprocessed, labels)
+            _write_split(preprocessed, labels, patients)
         validation = validation_cases(preprocessed, plans, fold)
         splits = json.loads((preprocessed / "splits_final.json").read_text())
         in_a_fold = {case for split in splits for side in split.values() for case in side}
         training = set(splits[fold]["train"]) | (stored - segmented - in_a_fold)
+        validated = {patients.get(case, case) for case in validation}
+        shared = {case for case in training if patients.get(case, case) in validated}
+        training -= shared
+        if shared:
+            notes.append(f"{len(shared)} studies of patients who validate do not train in this fold")
     left_out = sorted((training | validation) - labels.keys())
-    notes = []
     if left_out:
         named = ", ".join(left_out[:5]) + (", ..." if len(left_out) > 5 else "")
         notes.append(f"{len(left_out)} cases without {target} in clinical.csv are left out: {named}")
@@ -132,8 +144,8 @@ def _cases(folder: Path) -> set[str]:
     return {f.stem for f in folder.glob("*.b2nd") if not f.stem.endswith("_seg")}
 
 
-def _write_split(preprocessed: Path, labels: Mapping[str, str]) -> None:
-    folds = make_splits({case: case for case in labels}, labels)
+def _write_split(preprocessed: Path, labels: Mapping[str, str], patients: Mapping[str, str]) -> None:
+    folds = make_splits({case: patients[case] for case in labels}, labels)
     with renamed(preprocessed / "splits_final.json") as partial:
         partial.write_text(json.dumps(folds, indent=4))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -44,7 +44,7 @@ def list_cases(preprocessed: Path, plans: dict[str, Any], dataset_json: dict[str
     """All studies in the grid store of a preprocessed dataset, by name, with their prompts from clinical.csv.
 
     Raises:
-        UserError: CT or PET or the store is missing or empty, or clinical.csv is wrong.
+        UserError: CT or PET or the store is missing or empty or not on the plans' grid, or clinical.csv is wrong.
     """
     ct, pet = find_modalities(dataset_json)
     store = preprocessed / plans["configurations"]["wholebody"]["data_identifier"]
@@ -52,6 +52,7 @@ def list_cases(preprocessed: Path, plans: dict[str, Any], dataset_json: dict[str
     if not files:
         dataset_id = int(preprocessed.name[7:10])
         raise UserError(f"{store}: no studies there; run fratmae_plan_and_preprocess -d {dataset_id} again")
+    check_grid(files, plans["fratmae"]["wholebody"]["grid"])
     table = preprocessed / "clinical.csv"
     # With a mapping, columns that are not ours are allowed: a user may add labels for staging
     records = read_clinical(table, {"case_id": "case_id"}) if table.is_file() else {}
@@ -101,6 +102,20 @@ class Views:
             float(np.exp(self.options.pet_scale * scale)),
             float(self.options.ct_shift * shift / PRETRAINING_UNITS["CT"].std),
         )
+
+
+def check_grid(files: Iterable[Path], grid: Sequence[int]) -> None:
+    """See that studies are on the grid (H, W, D), or patches would be corners of them.
+
+    Raises:
+        UserError: one is not: the plans were edited, or nnU-Net's own preprocessing wrote the store.
+    """
+    for file in files:
+        shape = blosc2.open(str(file), mode="r").shape[1:]
+        if shape != tuple(grid):
+            raise UserError(f"{file}: has {' x '.join(map(str, shape))} voxels, the plans' wholebody.grid is "
+                            f"{' x '.join(map(str, grid))}; write the store anew with fratmae_plan_and_preprocess "
+                            "(nnUNetv2_preprocess does not put studies on a grid)")  # fmt: skip
 
 
 def window(whole: WholeBody, draws: Sequence[float]) -> tuple[slice, slice, slice]:

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from nnUNet_raw_conversion.command import UserError, check_device, find_dataset, nnunet_folder, run_command
-from plans.extension import choose_sizes
+from plans.extension import choose_sizes, find_channels, lost_to_pretraining
 from plans.preprocessed import PLANS_NAME, load_plans, validation_cases
 from plans.settings import METHODS, STACKS, Settings, add_arguments, override, require
 
@@ -24,7 +24,7 @@ def main() -> None:
     parser.add_argument("-device", choices=("cuda", "cpu"), default="cuda", help="default: cuda")
     parser.add_argument("-num_gpus", type=int, default=1, metavar="N", help="GPUs of this node (with cpu: processes)")
     parser.add_argument("-num_nodes", type=int, default=1, metavar="N", help="nodes, under SLURM or torchrun")
-    parser.add_argument("-f", type=int, metavar="FOLD", help="leave out the validation cases of this nnU-Net fold")
+    parser.add_argument("-f", type=int, metavar="FOLD", help="leave out the validation patients of this nnU-Net fold")
     parser.add_argument("-o", type=Path, metavar="FOLDER", help="output (default: below nnUNet_results)")
     parser.add_argument("--c", action="store_true", help="continue from the latest checkpoint")
     add_arguments(parser, None)
@@ -41,7 +41,7 @@ def _run(args: argparse.Namespace) -> None:
     loaded = [load_plans(preprocessed) for preprocessed in datasets]
     settings = _settings(loaded[0][0]["fratmae"], args)
     folder = args.o or _default_output(args.d, args.f, settings)
-    _check_grids(datasets, [plans for plans, _ in loaded], settings)
+    _check_plans(datasets, loaded, settings)
 
     # Here and not above: torch takes seconds to import, and an error above should not
     import torch
@@ -56,7 +56,9 @@ def _run(args: argparse.Namespace) -> None:
     cases = []
     for preprocessed, (plans, dataset_json) in zip(datasets, loaded, strict=True):
         left_out = set() if args.f is None else validation_cases(preprocessed, plans, args.f)
-        cases += [c for c in list_cases(preprocessed, plans, dataset_json) if c.path.stem not in left_out]
+        found = list_cases(preprocessed, plans, dataset_json)
+        patients = {c.patient for c in found if c.patient and c.path.stem in left_out}  # their other studies, too
+        cases += [c for c in found if c.path.stem not in left_out and c.patient not in patients]
     licences = {p.name: dataset_json.get("licence") for p, (_, dataset_json) in zip(datasets, loaded, strict=True)}
     fabric = make_fabric(args.device, args.num_gpus, args.num_nodes, settings.pretrain.is_cross_modal)
     try:
@@ -94,9 +96,16 @@ def _default_output(dataset_ids: list[int], fold: int | None, settings: Settings
     return nnunet_folder("nnUNet_results") / find_dataset("nnUNet_preprocessed", dataset_ids[0]).name / name
 
 
-def _check_grids(datasets: list[Path], all_plans: list[dict], settings: Settings) -> None:
-    """Every store must have the grid of the settings, or patches of different datasets would not match."""
-    for preprocessed, plans in zip(datasets, all_plans, strict=True):
+def _check_plans(datasets: list[Path], loaded: list[tuple[dict, dict]], settings: Settings) -> None:
+    """Every store must have the orientation of the contract and the grid of the settings, or patches would not match.
+
+    Raises:
+        UserError: one has not.
+    """
+    for preprocessed, (plans, dataset_json) in zip(datasets, loaded, strict=True):
+        lost = lost_to_pretraining(plans, plans["configurations"]["3d_fullres"], find_channels(dataset_json))
+        if lost:
+            raise UserError(f"{preprocessed.name}: {lost[0]}")
         grid = tuple(plans["fratmae"]["wholebody"]["grid"])
         if grid != settings.wholebody.grid:
             wanted = str(list(settings.wholebody.grid)).replace(" ", "")

@@ -112,3 +112,34 @@ def test_the_fold_that_is_left_out_is_nnunets(phantoms):
     contract = json.loads((out / "encoders.json").read_text())
     assert contract["datasets"][0]["cases"] == len(splits[0]["train"]) == 6 - len(splits[0]["val"])
     assert "cases to train" in output
+
+
+def test_other_studies_of_a_patient_who_validates_are_left_out_as_well(phantoms):
+    """Here all studies are of two patients, so that a fold leaves out all of one."""
+    preprocessed = phantoms.preprocessed / "Dataset007_Phantom"
+    splits, table = (preprocessed / name for name in ("splits_final.json", "clinical.csv"))
+    kept = {path: path.read_text() for path in (splits, table) if path.is_file()}
+    ids = [f"phantom_{i:03d}" for i in range(6)]
+    splits.write_text(json.dumps([{"train": ids[1:], "val": ids[:1]}]))
+    table.write_text("\n".join(["case_id,patient", *(f"{case},p{i % 2}" for i, case in enumerate(ids))]))
+    try:
+        output = phantoms.run(f"fratmae_pretrain -d 7 -m fratmae_notext -device cpu -f 0 -o {phantoms.folder}/patients "
+                              "--set pretrain.epochs=1 pretrain.workers=0 pretrain.held_out=0")  # fmt: skip
+    finally:
+        splits.unlink()
+        for path, text in kept.items():
+            path.write_text(text)
+    contract = json.loads((phantoms.folder / "patients" / "encoders.json").read_text())
+    assert contract["datasets"][0]["cases"] == 3, output
+
+
+def test_pretraining_wants_the_orientation_of_the_contract(phantoms):
+    path = phantoms.preprocessed / "Dataset007_Phantom" / "FratMAEPlans.json"
+    text = path.read_text()
+    path.write_text(json.dumps(json.loads(text) | {"image_reader_writer": "SimpleITKIO"}))
+    try:
+        output = phantoms.run(f"fratmae_pretrain -d 7 -device cpu -o {phantoms.folder}/turned", expect=1)
+    finally:
+        path.write_text(text)
+    assert "error: Dataset007_Phantom: SimpleITKIO does not look at the orientation of images" in output
+    assert not (phantoms.folder / "turned").exists() and "Traceback" not in output

@@ -17,6 +17,7 @@ from plans.extension import MIN_TOKENS, choose_sizes, extend_plans, training_mem
 from plans.memory import FIXED_GB, GB, step_memory, tally
 from plans.plan_and_preprocess import planned_settings
 from plans.planner import finish_plans
+from plans.preprocessed import check_splits
 from plans.settings import PRESETS, Finetune, Settings, Staging
 from tests.test_plans import DATASET_JSON, stock_plans, write_artefact
 
@@ -202,6 +203,31 @@ def test_without_earlier_plans_the_defaults_count(tmp_path, capsys):
 def test_a_wrong_edit_is_refused_in_one_line(tmp_path):
     with pytest.raises(UserError, match=r"unknown key finetune\.epoch;"):
         planned_settings(planned(tmp_path, **{"finetune.epoch": 3}), [])
+
+
+def test_plans_that_are_no_json_or_lack_a_part_are_no_riddle(tmp_path):
+    path = planned(tmp_path)
+    plans = json.loads(path.read_text())
+    del plans["fratmae"]["wholebody"]
+    path.write_text(json.dumps(plans))
+    assert planned_settings(path, []).wholebody.grid is None
+    path.write_text(path.read_text()[:-1] + ",")
+    with pytest.raises(UserError, match=r"FratMAEPlans.json: is no JSON \(.*line 1.*; mend it there"):
+        planned_settings(path, [])
+
+
+def test_folds_that_changed_are_named_before_nnunet_asserts(tmp_path, monkeypatch):
+    """More folds in the preprocessed dataset, or another order within one, are none of it."""
+    monkeypatch.setenv("nnUNet_preprocessed", str(tmp_path / "preprocessed"))
+    raw, preprocessed = (tmp_path / part / "Dataset003_Toy" for part in ("raw", "preprocessed"))
+    for folder, folds in ((raw, [["a", "b"]]), (preprocessed, [["b", "a"], ["c"]])):
+        folder.mkdir(parents=True)
+        check_splits(raw)
+        (folder / "splits_final.json").write_text(json.dumps([{"train": fold, "val": ["d"]} for fold in folds]))
+    check_splits(raw)
+    (raw / "splits_final.json").write_text(json.dumps([{"train": ["a", "b", "e"], "val": ["d"]}]))
+    with pytest.raises(UserError, match="preprocessed/.*splits_final.json: has other folds than .*; remove it"):
+        check_splits(raw)
 
 
 # -------------------------------------------------------------------------------------------------------- an artefact

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 
 import numpy as np
 import pytest
@@ -26,6 +27,7 @@ def stock_plans(shape_zyx=(326, 400, 380), transpose=(0, 1, 2), scheme="CTNormal
         "patch_size": [128, 128, 128],
         "batch_size": 2,
         "median_image_size_in_voxels": [shape_zyx[axis] for axis in transpose],
+        "spacing": [(3.0, 2.0, 2.0)[axis] for axis in transpose],
         "normalization_schemes": [scheme, scheme],
         "architecture": {"network_class_name": "PlainConvUNet", "arch_kwargs": {}, "_kw_requires_import": []},
     }
@@ -49,6 +51,21 @@ def test_whole_bodies_get_the_papers_sizes():
         "grid": [160, 160, 192], "patch": [32, 160, 192], "k": 2, "stack": "coronal",
     }  # fmt: skip
     assert warnings == [] and json.dumps(plans)
+
+
+@pytest.mark.parametrize("transpose", [(0, 1, 2), (1, 2, 0), (2, 0, 1)])
+@pytest.mark.parametrize("spacing_zyx", [(5.0, 0.98, 0.98), (3.0, 0.98, 0.98), (1.0, 4.0, 4.0)])
+def test_long_voxels_get_a_patch_of_the_papers_proportions_in_mm(spacing_zyx, transpose):
+    """1 : 5 : 6 along AP, LR, SI, with as many voxels; in plans of any axes."""
+    plans = stock_plans((2000, 2000, 2000), transpose)
+    plans["configurations"]["3d_fullres"]["spacing"] = [spacing_zyx[axis] for axis in transpose]
+    planned = extend_plans(plans, DATASET_JSON, Settings(finetune=Finetune(gpu_memory_target=1000)))[0]
+    sizes = dict(zip(transpose, planned["configurations"]["3d_fullres"]["patch_size"], strict=True))
+    token = planned["fratmae"]["token_patch"]
+    patch, spacing = ([of[axis] for axis in (1, 2, 0)] for of in (sizes, spacing_zyx))  # H, W, D
+    unit = (math.prod(spacing) * 32 * 160 * 192 / (1 * 5 * 6)) ** (1 / 3)  # mm, of a patch with the paper's voxels
+    for voxels, mm, share, step in zip(patch, spacing, (1, 5, 6), token, strict=True):
+        assert abs(voxels * mm - share * unit) <= step / 2 * mm + 1e-6 and voxels % step == 0
 
 
 def test_the_argument_is_not_changed():
@@ -124,6 +141,9 @@ def test_configurations_that_fratmae_cannot_train_are_refused(configuration, ext
         (["CT", "CT"], ["PET", "CT"], [1, 0]),
         (["CT", "PET"], None, [0, 1]),
         (["SUV", "CT"], None, [1, 0]),
+        (["ct", "PT"], None, [0, 1]),
+        (["a", "b"], ["PT", "ct"], [1, 0]),
+        (["CT", "FDG-PET", "optical"], None, [0, 1]),
     ],
 )
 def test_modalities_are_found(names, declared, expected):
@@ -133,7 +153,7 @@ def test_modalities_are_found(names, declared, expected):
     assert find_modalities(dataset_json) == expected
 
 
-@pytest.mark.parametrize("names", [["CT"], ["CT", "MR"], ["PET", "PET"], ["CT", "PET", "PET"]])
+@pytest.mark.parametrize("names", [["CT"], ["CT", "MR"], ["CT", "DEPTH"], ["PET", "PET"], ["CT", "PET", "PET"]])
 def test_other_channels_are_refused(names):
     with pytest.raises(UserError, match="dataset.json"):
         find_modalities({"channel_names": {str(i): n for i, n in enumerate(names)}})

@@ -17,7 +17,13 @@ from torch import nn
 
 from nnunet_fratmae import predict_stage
 from nnunet_fratmae.networks.staging import FratMAEStaging, summarise
-from nnunet_fratmae.stage_data import StagingStudies, WeightedCrossEntropy, central_window, class_weights
+from nnunet_fratmae.stage_data import (
+    StagingStudies,
+    WeightedCrossEntropy,
+    central_window,
+    class_weights,
+    list_studies,
+)
 from nnunet_fratmae.stage_metrics import stage_metrics
 from nnunet_fratmae.staging_trainer import FratMAEStagingTrainer
 from nnUNet_raw_conversion.command import UserError
@@ -143,6 +149,34 @@ def test_without_any_segmentation_the_classes_are_spread_over_the_folds(preproce
     assert sorted(case for side in sides for case in side.validation) == sorted(f"c{i}" for i in range(12) if i != 9)
     for side in sides:
         assert set(side.validation.values()) == {0, 1} and not side.training.keys() & side.validation.keys()
+
+
+@pytest.mark.parametrize("segmented", [True, False])
+def test_no_patient_trains_who_validates(segmented, preprocessed):
+    """Two studies a patient, the second without a segmentation or all without one."""
+    if not segmented:
+        shutil.rmtree(preprocessed / "fullres")
+    else:
+        for i in range(6, 10):
+            (preprocessed / "fullres" / f"c{i}.b2nd").unlink()
+    rows = [f"c{i},{'I' if i % 3 else 'IV'},p{i % 6}" for i in range(12)]
+    clinical(preprocessed, "\n".join(["case_id,stage,patient", *rows]))
+    for fold in range(5):
+        cohort = read_cohort(preprocessed, PLANS, fold)
+        of = [{int(case[1:]) % 6 for case in side} for side in (cohort.training, cohort.validation)]
+        assert of[1] and not of[0] & of[1] and len(of[0] | of[1]) == 6
+        told = [note for note in cohort.notes if note.endswith("of patients who validate do not train in this fold")]
+        assert len(told) == segmented
+
+
+def test_a_store_that_is_not_on_the_grid_is_refused(tmp_path):
+    """As nnUNetv2_preprocess writes it: its corner would be read for the study."""
+    for name, shape in (("a", (2, 6, 7, 8)), ("b", (2, 6, 8, 7))):
+        blosc2.asarray(np.zeros(shape, np.float16), urlpath=str(tmp_path / f"{name}.b2nd"))
+    dataset_json = {"channel_names": {"0": "CT", "1": "PET"}}
+    assert list_studies(tmp_path, {"a": 1}, dataset_json, (6, 7, 8))[0][1] == 1
+    with pytest.raises(UserError, match="b.b2nd: has 6 x 8 x 7 voxels, the plans' wholebody.grid is 6 x 7 x 8"):
+        list_studies(tmp_path, {"a": 1, "b": 0}, dataset_json, [6, 7, 8])
 
 
 def test_fold_all_trains_and_validates_on_all(preprocessed):
@@ -346,6 +380,18 @@ def test_stock_training_starts_from_the_artefact_and_says_how_good_it_is(trained
     assert {"checkpoint_best.pth", "checkpoint_final.pth", "progress.png"} <= names
     assert "checkpoint_latest.pth" not in names
     assert {"plans.json", "dataset.json", "dataset_fingerprint.json"} <= {path.name for path in model.iterdir()}
+
+
+def test_a_study_that_cannot_be_read_does_not_stop_the_others(trained, phantoms, tmp_path):
+    shutil.copytree(phantoms.raw / "Dataset008_Phantom" / "imagesTr", tmp_path / "in")
+    spoilt = tmp_path / "in" / "phantom_000_0001.nii.gz"
+    image = sitk.ReadImage(str(spoilt))
+    sitk.WriteImage(image * float("nan"), str(spoilt))
+    output = phantoms.run(f"fratmae_predict_stage -i {tmp_path}/in -o {tmp_path}/out -m {trained[0]} -device cpu "
+                          "--no_pictures", expect=1)  # fmt: skip
+    assert "error: 1 of 2 studies are not in stages.csv, the first because of case phantom_000: " in output
+    with (tmp_path / "out" / "stages.csv").open() as file:
+        assert [row["case"] for row in csv.DictReader(file)] == ["phantom_001"]
 
 
 def test_a_moved_model_predicts_what_it_validated_however_images_lie(trained, phantoms, tmp_path):

@@ -152,6 +152,49 @@ def test_mirroring_follows_the_anatomy(transpose, letters, make_trainer):
     assert mirrored is None or expected, "nnU-Net's predictor takes None, but no empty tuple"
 
 
+@pytest.mark.parametrize("transpose", TRANSPOSES)
+@pytest.mark.parametrize("spacing", [(6.0, 4.0, 5.0), (2.0, 2.0, 2.0), (3.0, 0.98, 5.0)])
+def test_rotations_of_voxels_hardly_shear(transpose, spacing, make_trainer):
+    """The displacement in mm across the rotated axes is never more than that of a rotation by 15 degrees."""
+    trainer = make_trainer(transpose)
+    trainer.configuration_manager.configuration["spacing"] = [spacing[axis] for axis in transpose]
+    (_, angle), in_plane, *_ = trainer.configure_rotation_dummyDA_mirroring_and_inital_patch_size()
+    rotated = trainer.configuration_manager.spacing[1:] if in_plane else trainer.configuration_manager.spacing
+    assert np.sin(angle) * max(rotated) / min(rotated) <= np.sin(np.radians(15)) * 1.02
+    assert spacing != (2.0, 2.0, 2.0) or angle == pytest.approx(np.radians(15))
+
+
+# -------------------------------------------------------------------------------------------------------- going on
+
+
+def test_a_training_goes_on_with_what_the_plans_say_today(make_trainer, tmp_path, capsys):
+    """The length of the training, its rate and its augmentation; not what the optimiser was built with."""
+    begun = make_trainer(epochs=3, learning_rate=3e-4, weight_decay=0.2)
+    checkpoint = tmp_path / "checkpoint.pth"
+    begun.save_checkpoint(str(checkpoint))
+    plans = json.loads(json.dumps(begun.plans_manager.plans))
+    today = {"epochs": 7, "learning_rate": 2e-4, "mirror_axes": "", "weight_decay": 0.5}
+    plans["fratmae"]["finetune"] |= today
+    trainer = FratMAETrainer(plans, "3d_fullres", 0, begun.dataset_json, torch.device("cpu"))
+    trainer.load_checkpoint(str(checkpoint))
+    trainer.lr_scheduler.step(0)
+    assert trainer.num_epochs == trainer.lr_scheduler.epochs == 7
+    assert [group["lr"] for group in trainer.optimizer.param_groups] == [2e-4] * len(trainer.optimizer.param_groups)
+    assert trainer.configure_rotation_dummyDA_mirroring_and_inital_patch_size()[-1] is None
+    assert {group["weight_decay"] for group in trainer.optimizer.param_groups} == {0.0, 0.2}
+    assert trainer.settings.finetune.weight_decay == 0.2
+    said = capsys.readouterr().out
+    assert "fratmae.finetune.epochs is 7 from now on, it was 3" in said
+    assert "WARNING: fratmae.finetune.weight_decay stays 0.2" in said
+
+
+def test_frozen_encoders_that_nobody_trained_are_pointed_out(make_trainer, capsys):
+    make_trainer(freeze=True)
+    assert "WARNING: fratmae.finetune.freeze keeps encoders as they are that nobody trained" in capsys.readouterr().out
+    make_trainer()
+    assert "nobody trained" not in capsys.readouterr().out
+
+
 # -------------------------------------------------------------------------------------------------------- augmentation
 
 
