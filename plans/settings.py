@@ -139,7 +139,7 @@ class Pretrain:
             require(getattr(self, name) >= 1, f"pretrain.{name} must be at least 1")
         for name in ("patches_per_case", "micro_batch_size", "keep_every"):
             require((getattr(self, name) or 1) >= 1, f"pretrain.{name} must be at least 1")
-        for name in ("learning_rate", "clip", "temperature"):
+        for name in ("learning_rate", "clip"):
             require(getattr(self, name) > 0, f"pretrain.{name} must be above 0")
         for name in ("weight_decay", "seed", "warmup_epochs", "workers", "text_weight", "pet_scale", "ct_shift"):
             require(getattr(self, name) >= 0, f"pretrain.{name} must not be negative")
@@ -147,10 +147,11 @@ class Pretrain:
                             ("store", ("disk", "memory"))):  # fmt: skip
             require(getattr(self, name) in words, f"pretrain.{name} must be one of {', '.join(words)}")
         require(0 < self.mask_ratio < 1, "pretrain.mask_ratio must lie between 0 and 1")
+        require(0.01 <= self.temperature <= 1, "pretrain.temperature must lie between 0.01 and 1")
         require(0 <= self.held_out < 1, "pretrain.held_out must be at least 0 and below 1")
         weights = self.dataset_weights
-        require(weights is None or (min(weights) >= 0 and sum(weights) > 0), "pretrain.dataset_weights must not be "
-                "negative, and one of them above 0")  # fmt: skip
+        usable = weights is None or (weights and min(weights) >= 0 and sum(weights) > 0)
+        require(usable, "pretrain.dataset_weights must not be negative, and one of them above 0")
 
     @property
     def is_cross_modal(self) -> bool:

@@ -24,7 +24,7 @@ from nnUNet_raw_conversion.command import UserError
 from plans.contract import Contract
 from plans.settings import Settings
 from plans.units import MODALITIES
-from pretraining.checkpoint import BEST, LATEST, load_latest, save
+from pretraining.checkpoint import BEST, LATEST, PREVIOUS, load_latest, save
 from pretraining.data import Batches, Case, DiskPatches, MemoryPatches, Views, case_weights
 from pretraining.evaluation import evaluate, evaluate_retrieval, hold_out_patches
 from pretraining.export import export
@@ -198,6 +198,8 @@ class Pretraining:
         self._check(norm, torch.cat(suspects))
         self.optimizer.step()
         for name, value in (*self.last.items(), ("gradient_norm", norm)):
+            if name == "text" and value == 0:  # no two prompts met in this step (ContextAlign)
+                continue
             total, count = self.sums[name]
             self.sums[name] = (total + value, count + 1)
         return waited
@@ -234,7 +236,8 @@ class Pretraining:
             is_there = (self.folder / LATEST).is_file()
             saved = f"the last good weights are in {LATEST}" if is_there else "there is no checkpoint yet"
             raise UserError(f"the {what} in epoch {self.epoch}, step {self.step}, with the cases {names}; {saved}; "
-                            "look for broken images or lower pretrain.learning_rate")  # fmt: skip
+                            "look for broken images and go on with --c, or begin anew (-o) with a lower "
+                            "pretrain.learning_rate")  # fmt: skip
 
     def _judge(self) -> dict[str, float | None]:
         """The held-out curve, by all processes together."""
@@ -328,7 +331,7 @@ class Pretraining:
 
     def _checkpoint(self, resume: bool) -> dict[str, Any] | None:
         if not resume:
-            if (self.folder / LATEST).is_file():
+            if any((self.folder / name).is_file() for name in (LATEST, PREVIOUS)):
                 raise UserError(f"{self.folder}: there is a pretraining already; go on with --c or give another folder "
                                 "with -o")  # fmt: skip
             return None
@@ -370,7 +373,7 @@ def prepare_text(
     """The text tower, ContextAlign, and the embedding of every prompt where the tower is frozen; nothing without text.
 
     Raises:
-        UserError: no case has metadata, or the tower cannot be loaded.
+        UserError: no two cases have different metadata, or the tower cannot be loaded.
     """
     options = settings.pretrain
     if not options.has_text:
@@ -382,6 +385,9 @@ def prepare_text(
     if not prompts:
         raise UserError(f"-m {options.method}: no case has metadata to align with; give the converter a clinical.csv "
                         "and plan again, or say -m fratmae_notext")  # fmt: skip
+    if len(prompts) < 2:
+        raise UserError(f"-m {options.method}: all cases have the same metadata ({prompts[0]!r}), so the text has "
+                        "nothing to tell apart; say -m fratmae_notext")  # fmt: skip
     with fabric.rank_zero_first(local=True):  # which fetches the weights for its node
         tower = load_tower(options.text_tower, options.text_weights)
     torch.manual_seed(options.seed)

@@ -16,17 +16,20 @@ def make_fabric(device: str, gpus: int, nodes: int, is_cross_modal: bool) -> Fab
     """Launched Fabric on `gpus` GPUs (or CPU processes) of each of `nodes` nodes; torchrun and SLURM are found.
 
     Raises:
-        UserError: they started another number of processes.
+        UserError: they started another number of processes, or nobody did on further nodes.
     """
     _check_launcher(gpus, nodes)
     is_bf16 = device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     # The decoder of the modality that is whole rests in a step
     ddp = DDPStrategy(find_unused_parameters=is_cross_modal, broadcast_buffers=False)
-    fabric = Fabric(
-        accelerator=device, devices=gpus, num_nodes=nodes, strategy=ddp if gpus * nodes > 1 else "auto",
-        precision="bf16-mixed" if is_bf16 else "32-true",
-    )  # fmt: skip
-    fabric.launch()
+    try:
+        fabric = Fabric(
+            accelerator=device, devices=gpus, num_nodes=nodes, strategy=ddp if gpus * nodes > 1 else "auto",
+            precision="bf16-mixed" if is_bf16 else "32-true",
+        )  # fmt: skip
+        fabric.launch()
+    except (ValueError, RuntimeError) as error:  # such as tasks of srun that do not go with these numbers
+        raise UserError(f"-num_gpus {gpus} on -num_nodes {nodes}: {' '.join(str(error).split())}") from None
     return fabric
 
 
@@ -36,6 +39,9 @@ def _check_launcher(gpus: int, nodes: int) -> None:
         launcher, started = "torchrun", TorchElasticEnvironment().world_size()
     elif SLURMEnvironment.detect():  # a batch script without srun is one process
         launcher, started = "SLURM", int(os.environ.get("SLURM_STEP_NUM_TASKS", 1))
+    elif nodes > 1 and not {"MASTER_ADDR", "NODE_RANK"} <= os.environ.keys():
+        raise UserError(f"-num_nodes {nodes}: nobody started the processes of the other nodes; start this command with "
+                        "srun or torchrun on all of them")  # fmt: skip
     else:
         return
     if started != gpus * nodes:

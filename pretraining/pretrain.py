@@ -9,7 +9,7 @@ from pathlib import Path
 from nnUNet_raw_conversion.command import UserError, check_device, find_dataset, nnunet_folder, run_command
 from plans.extension import choose_sizes, find_channels, lost_to_pretraining
 from plans.preprocessed import PLANS_NAME, load_plans, validation_cases
-from plans.settings import METHODS, STACKS, Settings, add_arguments, override, require
+from plans.settings import METHODS, STACKS, Pretrain, Settings, add_arguments, override, require
 
 RUN_NAME = f"FratMAEPretraining__{PLANS_NAME}__wholebody"
 
@@ -41,7 +41,7 @@ def _run(args: argparse.Namespace) -> None:
     loaded = [load_plans(preprocessed) for preprocessed in datasets]
     settings = _settings(loaded[0][0]["fratmae"], args)
     folder = args.o or _default_output(args.d, args.f, settings)
-    _check_plans(datasets, loaded, settings)
+    check_plans(datasets, loaded, settings)
 
     # Here and not above: torch takes seconds to import, and an error above should not
     import torch
@@ -84,7 +84,18 @@ def _settings(block: dict, args: argparse.Namespace) -> Settings:
         settings = replace(settings, token_patch=None, wholebody=open_sizes, finetune=finetune)
     settings = override(settings, args.set)
     require(settings.wholebody.grid is not None, "wholebody.grid must have a value here")
+    settings = replace(settings, pretrain=_with_whole_paths(settings.pretrain))
     return choose_sizes(settings, settings.wholebody.grid)
+
+
+def _with_whole_paths(options: Pretrain) -> Pretrain:
+    """The text tower's folder or file as an absolute path, for fratmae_retrieve may run elsewhere."""
+    found = {}
+    for name in ("text_tower", "text_weights"):
+        path = Path(getattr(options, name) or "").expanduser()
+        if getattr(options, name) and path.exists():
+            found[name] = str(path.resolve())
+    return replace(options, **found)
 
 
 def _default_output(dataset_ids: list[int], fold: int | None, settings: Settings) -> Path:
@@ -96,7 +107,7 @@ def _default_output(dataset_ids: list[int], fold: int | None, settings: Settings
     return nnunet_folder("nnUNet_results") / find_dataset("nnUNet_preprocessed", dataset_ids[0]).name / name
 
 
-def _check_plans(datasets: list[Path], loaded: list[tuple[dict, dict]], settings: Settings) -> None:
+def check_plans(datasets: list[Path], loaded: list[tuple[dict, dict]], settings: Settings) -> None:
     """Every store must have the orientation of the contract and the grid of the settings, or patches would not match.
 
     Raises:

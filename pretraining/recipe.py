@@ -93,6 +93,9 @@ def choose_micro_batch(options: Pretrain, batch_size: int, world: int) -> int:
     if micro < 1 or batch_size % (micro * world):
         raise UserError(f"pretrain.batch_size {batch_size} cannot be cut into passes of {max(micro, 1)} patches on "
                         f"{world} GPUs; choose pretrain.batch_size or pretrain.micro_batch_size anew")  # fmt: skip
+    if options.has_text and micro * world < 2:
+        raise UserError("pretrain.micro_batch_size=1: a pass of 1 patch has nothing to tell its text from; choose a "
+                        "larger one, or -m fratmae_notext")  # fmt: skip
     if options.shuffle_partner and micro < 2:
         raise UserError("pretrain.shuffle_partner: a pass of 1 patch has no other patient; choose a larger "
                         "pretrain.micro_batch_size or fewer GPUs")  # fmt: skip

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import csv
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -14,10 +15,12 @@ from tqdm import tqdm
 
 from nnUNet_raw_conversion.clinical import ClinicalRecord, prompt, read_clinical
 from nnUNet_raw_conversion.command import UserError, check_device, find_dataset, renamed, run_command
+from plans.contract import CONTRACT_NAME, WEIGHTS_NAME
 from plans.preprocessed import load_plans
-from plans.settings import Settings
+from plans.settings import Pretrain, Settings, WholeBody
 from pretraining.checkpoint import LATEST, load
 from pretraining.export import ALIGN_NAME
+from pretraining.pretrain import check_plans
 
 FIELDS = ("tracer", "diagnosis")
 
@@ -26,9 +29,12 @@ def main() -> None:
     """Entry point of the command."""
     parser = argparse.ArgumentParser(prog="fratmae_retrieve", description=__doc__)
     parser.add_argument("-d", type=int, required=True, metavar="ID", help="dataset whose studies are looked at")
-    parser.add_argument("-m", type=Path, required=True, metavar="FOLDER", help="output folder of fratmae_pretrain")
+    parser.add_argument("-m", type=Path, required=True, metavar="FOLDER",
+                        help="output folder of fratmae_pretrain or of fratmae_export")  # fmt: skip
+    parser.add_argument("-chk", metavar="FILE", help=f"which checkpoint (default: {LATEST}, where there is one)")
     parser.add_argument("-o", type=Path, required=True, metavar="FILE", help="table to write (csv)")
     parser.add_argument("-device", choices=("cuda", "cpu"), default="cuda", help="default: cuda")
+    parser.add_argument("--text_tower", metavar="NAME", help="the text tower, if its folder has moved")
     parser.add_argument("--text_weights", metavar="FILE", help="weights of the text tower, if they have moved")
     run_command(parser, _run)
 
@@ -60,12 +66,56 @@ def classify(pets: Tensor, texts: dict[str, Tensor]) -> tuple[list[str], Tensor]
     return [list(texts)[i] for i in similarity.argmax(1).tolist()], similarity
 
 
+@dataclass(frozen=True)
+class Run:
+    """A pretraining: its weights by name, its settings and, where they are known, the names of its cases."""
+
+    weights: dict[str, Tensor]
+    settings: Settings
+    trained: set[str] | None
+    held_out: set[str]
+
+    def part(self, start: str) -> dict[str, Tensor]:
+        """The weights whose names begin so, without that beginning."""
+        return {k.removeprefix(start): v for k, v in self.weights.items() if k.startswith(start)}
+
+    def saw(self, name: str) -> str:
+        """Whether a case was held out: "yes", "no" if it was trained on, "new" if neither, "" if that is not known."""
+        if self.trained is None:
+            return ""
+        return "yes" if name in self.held_out else "no" if name in self.trained else "new"
+
+
+def read_run(folder: Path, checkpoint: str | None) -> Run:
+    """A run of fratmae_pretrain, or without a checkpoint an artefact of fratmae_export.
+
+    Raises:
+        UserError: it is neither, or cannot be read.
+    """
+    from safetensors.torch import load_file
+
+    from nnunet_fratmae.artefact import check_artefact
+
+    path = folder / (checkpoint or LATEST)
+    if path.is_file():
+        state = load(path)
+        identity = state["identity"]
+        settings = Settings.from_json(identity["settings"])
+        return Run(state["model"], settings, set(identity["train"]), set(identity["held_out"]))
+    if checkpoint or not (folder / CONTRACT_NAME).is_file():
+        raise UserError(f"-m {folder}: there is no {path.name}; give the output folder of fratmae_pretrain")
+    contract = check_artefact(folder)
+    pretrain = Pretrain(method=contract.method, text_tower=contract.text_tower or Pretrain.text_tower)
+    whole = WholeBody(grid=contract.grid, patch=contract.patch, k=contract.k, stack=contract.stack)
+    settings = Settings(preset=contract.preset, token_patch=contract.token_patch, wholebody=whole, pretrain=pretrain)
+    weights = {f"fratmae.encoders.{name}": value for name, value in load_file(folder / WEIGHTS_NAME).items()}
+    aligned = folder / ALIGN_NAME
+    return Run(weights | (load_file(aligned) if aligned.is_file() else {}), settings, None, set())
+
+
 def _run(args: argparse.Namespace) -> None:
-    path = args.m / LATEST
-    if not path.is_file():
-        raise UserError(f"-m {args.m}: there is no {LATEST}; give the output folder of fratmae_pretrain")
-    state = load(path)
-    settings = Settings.from_json(state["identity"]["settings"])
+    run = read_run(args.m, args.chk)
+    settings = run.settings
     if not settings.pretrain.has_text:
         raise UserError(f"-m {args.m}: was pretrained without text (-m {settings.pretrain.method}); {ALIGN_NAME} is "
                         "made by the arms fratmae and mae_text")  # fmt: skip
@@ -75,13 +125,13 @@ def _run(args: argparse.Namespace) -> None:
 
     preprocessed = find_dataset("nnUNet_preprocessed", args.d)
     plans, dataset_json = load_plans(preprocessed)
+    check_plans([preprocessed], [(plans, dataset_json)], settings)
     table = preprocessed / "clinical.csv"
     if not table.is_file():
         raise UserError(f"{table}: is not there; the tracers and diagnoses to choose from are taken from it")
     records = read_clinical(table, {"case_id": "case_id"})
     cases = list_cases(preprocessed, plans, dataset_json)
-    held_out = set(state["identity"]["held_out"])
-    encoder, align, tower = _networks(state, settings, args.text_weights)
+    encoder, align, tower = _networks(run, args.text_tower, args.text_weights)
     encoder.to(args.device)
     with torch.no_grad():
         patches = (middle_patch(case, settings)[None, 1:].to(args.device) for case in tqdm(cases, "studies"))
@@ -94,35 +144,42 @@ def _run(args: argparse.Namespace) -> None:
                 columns[field] = classify(pets, {v: align.embed_text(tower.encode(p)) for v, p in prompts.items()})
     if not columns:
         raise UserError(f"{table}: has fewer than two tracers and fewer than two diagnoses; there is nothing to choose")
-    rows = _rows([c.path.stem for c in cases], [c.name in held_out for c in cases], records, columns)
+    rows = _rows([c.path.stem for c in cases], [run.saw(c.name) for c in cases], records, columns)
     _write(args.o, rows)
     _summary(rows, columns)
     print(f"table: {args.o}")
 
 
-def _networks(state: dict, settings: Settings, weights: str | None) -> tuple:
-    """The PET encoder, ContextAlign and the text tower of a run."""
+def _networks(run: Run, tower_name: str | None, weights: str | None) -> tuple:
+    """The PET encoder, ContextAlign and the text tower of a run.
+
+    Raises:
+        UserError: the tower cannot be loaded or is not that of the run.
+    """
     from nnunet_fratmae.networks.vit import ViTEncoder
     from pretraining.context_align import ContextAlign
     from pretraining.text import load_tower
 
-    def part(start: str) -> dict[str, Tensor]:
-        return {k.removeprefix(start): v for k, v in state["model"].items() if k.startswith(start)}
-
+    settings = run.settings
     encoder = ViTEncoder(settings.wholebody.patch, settings.token_patch, **settings.sizes.encoder).eval()
-    encoder.load_state_dict(part("fratmae.encoders.PET."))
-    tower = load_tower(settings.pretrain.text_tower, weights or settings.pretrain.text_weights)
-    if not settings.pretrain.text_frozen:
-        tower.load_state_dict(part("text_tower."))
+    encoder.load_state_dict(run.part("fratmae.encoders.PET."))
+    name, folder_has_its_own = tower_name or settings.pretrain.text_tower, tower_name and Path(tower_name).is_dir()
+    tower = load_tower(name, weights or (None if folder_has_its_own else settings.pretrain.text_weights))
     align = ContextAlign(settings.sizes.embed_dim, tower.dim)
-    align.load_state_dict(part("context_align."))
+    aligned, trained = run.part("context_align."), run.part("text_tower.")
+    if aligned["text_projection.weight"].shape != align.text_projection.weight.shape:
+        raise UserError(f"text tower {name}: its embeddings have {tower.dim} numbers, the run's had "
+                        f"{aligned['text_projection.weight'].shape[1]}; give that tower with --text_tower")  # fmt: skip
+    if trained:
+        tower.load_state_dict(trained)
+    align.load_state_dict(aligned)
     return encoder, align.eval(), tower
 
 
-def _rows(names: list[str], held_out: list[bool], records: dict, columns: dict) -> list[dict[str, str]]:
+def _rows(names: list[str], held_out: list[str], records: dict, columns: dict) -> list[dict[str, str]]:
     rows = []
-    for i, (name, is_held_out) in enumerate(zip(names, held_out, strict=True)):
-        row = {"case_id": name, "held_out": "yes" if is_held_out else "no"}
+    for i, (name, was_held_out) in enumerate(zip(names, held_out, strict=True)):
+        row = {"case_id": name, "held_out": was_held_out}
         for field, (values, _) in columns.items():
             truth = getattr(records[name], field) if name in records else None
             row |= {field: truth or "", f"{field}_retrieved": values[i]}
@@ -141,9 +198,10 @@ def _write(path: Path, rows: list[dict[str, str]]) -> None:
 
 
 def _summary(rows: list[dict[str, str]], columns: dict) -> None:
-    """Accuracy on held-out and on seen cases, plain and balanced over the values, beside the commonest value."""
+    """Accuracy on held-out, new and trained cases, plain and balanced over the values, beside the commonest value."""
+    kinds = {"yes": "held out", "new": "never seen", "no": "trained on", "": "(trained on or not, that is not known)"}
     for field, (_, similarity) in columns.items():
-        for is_held_out, what in (("yes", "held out"), ("no", "not held out")):
+        for is_held_out, what in kinds.items():
             known = [row for row in rows if row[field] and row["held_out"] == is_held_out]
             if not known:
                 continue

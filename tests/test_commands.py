@@ -102,6 +102,24 @@ def test_unlabelled_studies_only(phantoms, folders, monkeypatch):
     assert list((folders / "results").glob("Dataset003_Toy/FratMAEPretraining*/encoders.safetensors"))
 
 
+def test_pretraining_of_axial_stacks_of_two_datasets(phantoms):
+    """The second dataset is the first under another number; the axial sizes are chosen anew."""
+    for folder in (phantoms.raw, phantoms.preprocessed):
+        shutil.copytree(folder / "Dataset007_Phantom", folder / "Dataset012_Again")
+    out = phantoms.folder / "axial"
+    try:
+        phantoms.run(f"fratmae_pretrain -d 7 12 -m mae --stack axial -device cpu -o {out} --set pretrain.epochs=1 "
+                     "pretrain.workers=0 pretrain.dataset_weights=[1,3]")  # fmt: skip
+    finally:
+        for folder in (phantoms.raw, phantoms.preprocessed):
+            shutil.rmtree(folder / "Dataset012_Again")
+    contract = json.loads((out / "encoders.json").read_text())
+    assert contract["stack"] == "axial" and contract["patch"][:2] == [32, 48] and contract["patch"][2] < 64
+    assert [(d["name"], d["cases"]) for d in contract["datasets"]] == [
+        ("Dataset007_Phantom", 6), ("Dataset012_Again", 6),
+    ]  # fmt: skip
+
+
 def test_the_fold_that_is_left_out_is_nnunets(phantoms):
     """-f leaves out exactly the cases that nnU-Net validates on; the split is nnU-Net's own."""
     out = phantoms.folder / "fold"

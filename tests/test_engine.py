@@ -241,6 +241,22 @@ def test_processes_that_know_nothing_of_each_other_are_refused(monkeypatch):
         launch._check_launcher(1, 1)
 
 
+def test_further_nodes_need_somebody_who_starts_them(monkeypatch):
+    """Else this process would wait for the others for half an hour."""
+    for name in ("MASTER_ADDR", "NODE_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(UserError, match="-num_nodes 2: nobody started the processes of the other nodes"):
+        launch.make_fabric("cpu", 1, 2, True)
+
+
+def test_what_srun_was_told_wrong_is_one_line(monkeypatch):
+    for name, value in (("NTASKS", 8), ("STEP_NUM_TASKS", 8), ("NTASKS_PER_NODE", 4), ("NNODES", 2), ("PROCID", 0),
+                        ("LOCALID", 0), ("NODEID", 0), ("JOB_ID", 4321), ("JOB_NAME", "pretrain")):  # fmt: skip
+        monkeypatch.setenv(f"SLURM_{name}", str(value))
+    with pytest.raises(UserError, match="-num_gpus 8 on -num_nodes 1: .*ntasks-per-node"):
+        launch.make_fabric("cpu", 8, 1, True)
+
+
 def test_one_task_of_slurm(monkeypatch):
     """The variables that srun sets, as Fabric reads them (see test_pretrain_runs.py for two tasks)."""
     for name, value in (("NTASKS", 1), ("STEP_NUM_TASKS", 1), ("NTASKS_PER_NODE", 1), ("NNODES", 1), ("PROCID", 0),
@@ -428,6 +444,17 @@ def test_weights_at_the_start_follow_the_seed(tmp_path, cases, monkeypatch):
 def test_text_without_any_metadata_is_refused(tmp_path, cases):
     with pytest.raises(UserError, match="-m fratmae: no case has metadata.*-m fratmae_notext"):
         start(tmp_path / "out", cases, method="fratmae")
+
+
+def test_text_that_tells_nothing_apart_is_refused(tmp_path, cases, monkeypatch):
+    """The contrastive loss would be 0 throughout, which looks like success."""
+    monkeypatch.setattr("pretraining.text.load_tower", lambda tower, weights: StubTower())
+    alike = [replace(c, prompt="<tracer> 18F FDG") for c in cases]
+    with pytest.raises(UserError, match="all cases have the same metadata .'<tracer> 18F FDG'.*-m fratmae_notext"):
+        start(tmp_path / "out", alike, method="fratmae")
+    told = [replace(c, prompt=f"<tracer> {i % 2}") for i, c in enumerate(cases)]
+    with pytest.raises(UserError, match="pretrain.micro_batch_size=1: a pass of 1 patch has nothing to tell"):
+        start(tmp_path / "out", told, method="fratmae", micro_batch_size=1)
 
 
 def test_a_shuffled_partner_is_no_partner(tmp_path, cases):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -70,6 +71,35 @@ def test_retrieval_writes_a_table(aligned, phantoms, tmp_path):
     assert len(rows) == 6 and sum(row["held_out"] == "yes" for row in rows) == 2
     assert {row["diagnosis_retrieved"] for row in rows} <= {row["diagnosis"] for row in rows}
     assert "diagnosis, 2 cases held out:" in output and "balanced over values" in output
+    assert "diagnosis, 4 cases trained on:" in output and "never seen" not in output
+
+
+def test_an_artefact_retrieves_as_its_run_does(aligned, text_tower, phantoms, tmp_path):
+    """With the tower in another place, and of which cases it was trained on nothing is known."""
+    phantoms.run(f"fratmae_export -m {aligned} -o {tmp_path}/artefact")
+    moved = shutil.copytree(text_tower, tmp_path / "moved")
+    tables = []
+    for model, tower in ((aligned, ""), (tmp_path / "artefact", f"--text_tower {moved}")):
+        phantoms.run(f"fratmae_retrieve -d 7 -m {model} {tower} -device cpu -o {tmp_path}/found.csv")
+        with (tmp_path / "found.csv").open() as file:
+            tables.append([{k: v for k, v in row.items() if k != "held_out"} for row in csv.DictReader(file)])
+    assert tables[0] == tables[1] and "\nphantom_000,," in (tmp_path / "found.csv").read_text()
+    output = phantoms.run(f"fratmae_retrieve -d 7 -m {tmp_path}/artefact -device cpu -o {tmp_path}/no.csv", expect=1)
+    assert "text_tower" in output and "Traceback" not in output and not (tmp_path / "no.csv").exists()
+
+
+def test_retrieval_wants_the_grid_of_the_run(aligned, phantoms, tmp_path):
+    """A store on another grid would be looked at in a corner."""
+    path = phantoms.preprocessed / "Dataset007_Phantom" / "FratMAEPlans.json"
+    text = path.read_text()
+    plans = json.loads(text)
+    plans["fratmae"]["wholebody"]["grid"] = [64, 48, 64]
+    path.write_text(json.dumps(plans))
+    try:
+        output = phantoms.run(f"fratmae_retrieve -d 7 -m {aligned} -device cpu -o {tmp_path}/no.csv", expect=1)
+    finally:
+        path.write_text(text)
+    assert "its whole-body grid is [64, 48, 64], not [32,48,64]" in output and "Traceback" not in output
 
 
 def test_retrieval_needs_text(pretraining, phantoms, tmp_path):

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from pretraining.data import Case
 from pretraining.fratmae import (
     CrossAttention,
+    DecoderBlock,
     FratMAE,
     Objective,
     partner,
@@ -117,6 +118,25 @@ def test_cross_attention_matches_a_reference():
         weights = torch.softmax(q[..., part] @ k.transpose(1, 2) / 4**0.5, dim=-1)
         out[..., part] = weights @ v
     torch.testing.assert_close(attention(query, context), attention.project(out))
+
+
+@pytest.mark.parametrize("kind", ["cross_self", "cross", "self"])
+def test_decoder_block_asks_with_the_masked_modality_and_looks_at_its_partner(kind):
+    """Against a plain reference; as many tokens of each as in training, so that only the values tell the roles."""
+    torch.manual_seed(0)
+    block = DecoderBlock(12, 3, kind)
+    x, context = torch.randn(2, 7, 12), torch.randn(2, 7, 12)
+    expected = x
+    if kind != "cross":
+        expected = expected + block.self_attention(block.self_norm(expected))
+    if kind != "self":
+        cross = block.cross_attention
+        q, (k, v) = cross.to_query(block.query_norm(expected)), cross.to_key_value(context).split(12, dim=-1)
+        q, k, v = (part.unflatten(2, (3, 4)) for part in (q, k, v))
+        weights = torch.einsum("bnhc,bmhc->bhnm", q, k).div(2).softmax(-1)
+        expected = expected + cross.project(torch.einsum("bhnm,bmhc->bnhc", weights, v).flatten(2))
+    expected = expected + block.mlp(block.mlp_norm(expected))
+    torch.testing.assert_close(block(x, context), expected)
 
 
 def test_visible_tokens_keep_their_place_in_the_decoder():
