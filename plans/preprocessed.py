@@ -72,7 +72,7 @@ def validation_cases(preprocessed: Path, plans: dict[str, Any], fold: int) -> se
         splits = generate_crossval_split(cases, seed=12345, n_splits=5)
         with renamed(path) as partial:
             partial.write_text(json.dumps(splits, indent=4, default=str))
-    splits = json.loads(path.read_text())
+    splits = read_json(path)
     if not 0 <= fold < len(splits):
         raise UserError(f"-f {fold}: {path} has folds 0 to {len(splits) - 1}")
     return set(splits[fold]["val"])

@@ -13,7 +13,7 @@ from nnUNet_raw_conversion.clinical import COLUMNS, UNKNOWN, read_clinical, read
 from nnUNet_raw_conversion.command import UserError, renamed
 from nnUNet_raw_conversion.splits import make_splits
 from plans.extension import JOINT_NETWORK, hwd_axes
-from plans.preprocessed import validation_cases
+from plans.preprocessed import read_json, validation_cases
 from plans.settings import Settings
 
 NETWORK = "nnunet_fratmae.networks.staging.FratMAEStaging"
@@ -112,7 +112,7 @@ def read_cohort(preprocessed: Path, plans: dict[str, Any], fold: int | str) -> C
         if not segmented and not (preprocessed / "splits_final.json").is_file():
             _write_split(preprocessed, labels, patients)
         validation = validation_cases(preprocessed, plans, fold)
-        splits = json.loads((preprocessed / "splits_final.json").read_text())
+        splits = read_json(preprocessed / "splits_final.json")
         in_a_fold = {case for split in splits for side in split.values() for case in side}
         training = set(splits[fold]["train"]) | (stored - segmented - in_a_fold)
         validated = {patients.get(case, case) for case in validation}

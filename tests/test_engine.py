@@ -249,19 +249,24 @@ def test_further_nodes_need_somebody_who_starts_them(monkeypatch):
         launch.make_fabric("cpu", 1, 2, True)
 
 
-def test_what_srun_was_told_wrong_is_one_line(monkeypatch):
-    for name, value in (("NTASKS", 8), ("STEP_NUM_TASKS", 8), ("NTASKS_PER_NODE", 4), ("NNODES", 2), ("PROCID", 0),
-                        ("LOCALID", 0), ("NODEID", 0), ("JOB_ID", 4321), ("JOB_NAME", "pretrain")):  # fmt: skip
+def set_slurm(monkeypatch, nodes: int, tasks_per_node: int) -> None:
+    """The variables that srun sets for the first task, as Fabric reads them."""
+    tasks = nodes * tasks_per_node
+    for name, value in (("NTASKS", tasks), ("STEP_NUM_TASKS", tasks), ("NTASKS_PER_NODE", tasks_per_node),
+                        ("NNODES", nodes), ("PROCID", 0), ("LOCALID", 0), ("NODEID", 0), ("JOB_ID", 4321),
+                        ("JOB_NAME", "pretrain")):  # fmt: skip
         monkeypatch.setenv(f"SLURM_{name}", str(value))
+
+
+def test_what_srun_was_told_wrong_is_one_line(monkeypatch):
+    set_slurm(monkeypatch, nodes=2, tasks_per_node=4)
     with pytest.raises(UserError, match="-num_gpus 8 on -num_nodes 1: .*ntasks-per-node"):
         launch.make_fabric("cpu", 8, 1, True)
 
 
 def test_one_task_of_slurm(monkeypatch):
-    """The variables that srun sets, as Fabric reads them (see test_pretrain_runs.py for two tasks)."""
-    for name, value in (("NTASKS", 1), ("STEP_NUM_TASKS", 1), ("NTASKS_PER_NODE", 1), ("NNODES", 1), ("PROCID", 0),
-                        ("LOCALID", 0), ("NODEID", 0), ("JOB_ID", 4321), ("JOB_NAME", "pretrain")):  # fmt: skip
-        monkeypatch.setenv(f"SLURM_{name}", str(value))
+    """See test_pretrain_runs.py for two tasks."""
+    set_slurm(monkeypatch, nodes=1, tasks_per_node=1)
     fabric = launch.make_fabric("cpu", 1, 1, True)
     assert (fabric.world_size, fabric.global_rank, fabric.is_global_zero) == (1, 0, True)
     with pytest.raises(UserError, match="SLURM started 1 processes"):
