@@ -30,7 +30,7 @@ from nnUNet_raw_conversion.command import UserError
 
 DATASET_ID = 906
 SHARES, REPETITIONS = (0.2, 1.0), 3
-STOCK_PLANS = "nnUNetPlansSmall"
+STOCK_PLANS = "nnUNetPlans"
 # A budget of some three minutes of one CPU core a training, its validation included
 COMMON = (
     "token_patch=[8,8,8] finetune.iterations=25 finetune.val_iterations=4 finetune.mirror_axes= pretrain.epochs=60 "
@@ -101,7 +101,9 @@ def prepare(todo: Comparison, args: argparse.Namespace) -> Path:
     settings = " ".join([COMMON, LARGE_TUMOURS if args.studies else SMALL_LESIONS, *map(shlex.quote, args.set)])
     todo.run(Step("plan_and_preprocess", f"fratmae_plan_and_preprocess -d {DATASET_ID} -preset {args.preset} -np 2 "
                                          f"--set {settings}", preprocessed))  # fmt: skip
-    stock = f"-d {DATASET_ID} -overwrite_plans_name {STOCK_PLANS} -gpu_memory_target {args.stock_gb:g}"
+    stock = f"-d {DATASET_ID}"
+    if args.stock_gb:
+        stock += f" -gpu_memory_target {args.stock_gb:g} -overwrite_plans_name {STOCK_PLANS}"
     todo.run(Step("stock_plan", f"nnUNetv2_plan_experiment {stock}", preprocessed / f"{STOCK_PLANS}_3d_fullres",
                   {"nnUNet_n_proc_DA": "1"}))  # nnU-Net's planner takes it for torch's threads  # fmt: skip
     todo.run(Step("stock_preprocess", f"nnUNetv2_preprocess -d {DATASET_ID} -plans_name {STOCK_PLANS} -c 3d_fullres "
@@ -157,8 +159,8 @@ def main() -> None:
     parser.add_argument("--validation", type=int, default=6, help="validation cases")
     parser.add_argument("--least_volume", type=float, default=0.0, help="ml of lesion that a validation case has more "
                         "than; the Dice of a few voxels is all or nothing")  # fmt: skip
-    parser.add_argument("--stock_gb", type=float, default=0.25, help="memory (GB) that nnU-Net plans for; its default, "
-                        "8, means patches of which a CPU core makes a handful in the time")  # fmt: skip
+    parser.add_argument("--stock_gb", type=float, help="memory (GB) that nnU-Net plans for (default: its own default "
+                        "plans, of whose large patches a CPU core makes a handful in the time)")  # fmt: skip
     add_options(parser)
     args = parser.parse_args()
     todo = Comparison(args.work)

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from nnunet_fratmae.networks.vit import is_decayed
+from nnunet_fratmae.networks.vit import is_decayed, token_grid
 from nnUNet_raw_conversion.command import UserError
 from plans.settings import Pretrain, Settings
 from plans.units import MODALITIES
@@ -23,7 +23,16 @@ STEPS_OF_AN_EPOCH = 50  # at least, where patches_per_case is left open; 1,292 c
 
 
 def build_model(settings: Settings) -> FratMAE:
-    """The network of the settings, with reproducible initial weights."""
+    """The network of the settings, with reproducible initial weights.
+
+    Raises:
+        UserError: the share of masked tokens leaves none masked, or none visible.
+    """
+    tokens = math.prod(token_grid(settings.wholebody.patch, settings.token_patch))
+    ratio = settings.pretrain.mask_ratio
+    if not 0 < round(ratio * tokens) < tokens:
+        raise UserError(f"pretrain.mask_ratio={ratio} masks {round(ratio * tokens)} of the {tokens} tokens of a patch; "
+                        "choose one nearer to 0.5")  # fmt: skip
     torch.manual_seed(settings.pretrain.seed)
     sizes = settings.sizes
     decoder = {"dim": sizes.decoder_dim, "depth": sizes.decoder_depth, "num_heads": sizes.decoder_heads}

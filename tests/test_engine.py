@@ -76,6 +76,13 @@ def test_few_cases_still_make_epochs_of_50_steps(cases_there, patches):
     assert recipe.choose_patches(toy_settings(patches_per_case=3), cases_there).pretrain.patches_per_case == 3
 
 
+@pytest.mark.parametrize("ratio, masked", [(0.01, 0), (0.99, 30)])
+def test_a_ratio_that_masks_nothing_or_all_is_refused(tmp_path, cases, ratio, masked):
+    with pytest.raises(UserError, match=rf"mask_ratio={ratio} masks {masked} of the 30 tokens"):
+        start(tmp_path / "out", cases, mask_ratio=ratio)
+    assert not (tmp_path / "out").exists()
+
+
 def timeless(rows):
     """Metrics without those that depend on the speed of the machine."""
     timing = ("seconds", "patches_per_second", "data_wait", "mfu")
