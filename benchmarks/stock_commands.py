@@ -28,7 +28,7 @@ PLANS = "preprocessed/Dataset908_Studies/FratMAEPlans.json"
 TRAINED = "results/Dataset908_Studies/FratMAETrainer__FratMAEPlans__3d_fullres"
 COMMANDS = f"""
 fratmae_convert_pairs -i STUDIES -d 908 -n Studies --ct CTres.nii.gz --pet SUV.nii.gz --seg SEG.nii.gz --grid 6,6,6 -np 2
-fratmae_plan_and_preprocess -d 908 -preset vit_nano -np 2 --set token_patch=[8,8,8] finetune.epochs=2 finetune.iterations=25 finetune.val_iterations=2 pretrain.epochs=1 pretrain.patches_per_case=1 pretrain.batch_size=4
+fratmae_plan_and_preprocess -d 908 -preset vit_nano -np 2 --set token_patch=[8,8,8] finetune.epochs=2 finetune.iterations=25 finetune.val_iterations=2 finetune.batch_size=2 pretrain.epochs=1 pretrain.patches_per_case=1 pretrain.batch_size=4
 fratmae_pretrain -d 908 -m fratmae_notext -o pretraining -device cpu
 FRATMAE_PRETRAINED=pretraining nnUNetv2_train 908 3d_fullres 0 {MODEL} -device cpu --npz
 FRATMAE_PRETRAINED=pretraining nnUNetv2_train 908 3d_fullres 1 {MODEL} -device cpu --npz
@@ -67,13 +67,14 @@ SHOWN = re.compile(
     r"|pretrained weights from|Mean Validation|goes on|epochs|Using .*checkpoint|DDP|done with|labels "
     r"|\*Best|Model|[Ee]rror"
 )
+NOISE = re.compile(r"^\{|%\||shape torch.Size")
 
 
 def lines_that_matter(output: str) -> list[str]:
-    """Progress bars, nnU-Net's citation and timestamps left out."""
+    """What SHOWN says, without progress bars, timestamps and nnU-Net's printing of whole plans and all weights."""
     lines = [line.rsplit("\r", 1)[-1].strip() for line in output.splitlines()]
     lines = [re.sub(r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\.\d+: ", "", line) for line in lines]
-    return [line for line in dict.fromkeys(lines) if SHOWN.search(line) and "%|" not in line]
+    return [line for line in dict.fromkeys(lines) if SHOWN.search(line) and not NOISE.search(line)]
 
 
 def main() -> None:
