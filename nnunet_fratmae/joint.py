@@ -141,8 +141,8 @@ class StageBranch:
     def save_summary(self, path: Path, device: torch.device) -> str:
         """Write what FratMAEStagingTrainer writes at the end; returns a line for the log."""
         # The classes choose no epoch: checkpoint_final is the last one, and checkpoint_best that of the best Dice
-        _, said = save_summary(path, self.settings.staging.target, self.cohort.classes, self.cohort.validation,
-                               self.predict(device), chosen_on_these_cases=False)  # fmt: skip
+        _, said = save_summary(path, self.settings.staging.target, self.cohort, self.predict(device),
+                               chosen_on_these_cases=False)  # fmt: skip
         return f"Classes: {said}"
 
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from nnUNet_raw_conversion.command import UserError, check_device, renamed, run_command
-from plans.extension import JOINT_NETWORK, find_modalities
+from plans.extension import JOINT_NETWORK, channel_modalities, find_modalities
 from plans.settings import STACKS, Settings
 from plans.staging import NETWORK, STAGING_CONFIGURATION, staging_plans
 from plans.units import PRETRAINING_UNITS
@@ -129,7 +129,7 @@ def find_studies(folder: Path, dataset_json: dict[str, Any]) -> dict[str, list[s
     Raises:
         UserError: no images, or a case without one of its channels.
     """
-    ending, channels = dataset_json["file_ending"], len(dataset_json["channel_names"])
+    ending, channels = dataset_json["file_ending"], len(channel_modalities(dataset_json))
     pattern = re.compile(rf"(.+)_\d{{4}}{re.escape(ending)}")
     files = sorted(folder.iterdir()) if folder.is_dir() else []
     cases = sorted({match[1] for file in files if (match := pattern.fullmatch(file.name))})
@@ -167,7 +167,8 @@ def load_network(plans: dict[str, Any], dataset_json: dict[str, Any], checkpoint
     from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 
     kwargs = plans["configurations"][STAGING_CONFIGURATION]["architecture"]["arch_kwargs"]
-    network = get_network_from_plans(NETWORK, kwargs, [], len(dataset_json["channel_names"]), len(kwargs["classes"]))
+    channels = len(channel_modalities(dataset_json))
+    network = get_network_from_plans(NETWORK, kwargs, [], channels, len(kwargs["classes"]))
     # nnU-Net logs the Dice of each epoch as scalars of numpy
     scalars = [np.float64(0).__reduce__()[0], np.dtype, type(np.dtype(np.float32)), type(np.dtype(np.float64))]
     try:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ import numpy as np
 from sklearn.metrics import confusion_matrix, roc_auc_score
 
 from nnUNet_raw_conversion.command import renamed
+from plans.staging import Cohort
 
 ECE_BINS = 10
 FIGURES = ("accuracy", "macro_sensitivity", "auc", "ece", "brier")
@@ -69,26 +70,26 @@ def stage_metrics(labels: Sequence[int], probabilities: np.ndarray, classes: Seq
 def save_summary(
     path: Path,
     target: str,
-    classes: Sequence[str],
-    labels: Mapping[str, int],
+    cohort: Cohort,
     probabilities: np.ndarray,
     chosen_on_these_cases: bool,
 ) -> tuple[dict[str, Any], str]:
     """Write the figures of a validation and the probabilities of each case as JSON.
 
     Args:
-        labels: the number of the class of each of n cases.
-        probabilities: (n, classes), in the same order.
+        probabilities: (n, classes), in the order of the n validation cases of the cohort.
         chosen_on_these_cases: whether they chose the epoch; then the figures are too good.
 
     Returns:
         The figures, and a line for the log.
     """
+    classes, labels = cohort.classes, cohort.validation
     figures = stage_metrics(list(labels.values()), probabilities, classes)
     summary = {
         "target": target,
-        "classes": list(classes),
+        "classes": classes,
         "cases": len(labels),
+        "trained_on_these_cases": not labels.keys().isdisjoint(cohort.training),  # fold "all"
         "chosen_on_these_cases": chosen_on_these_cases,
         "mean": figures,
         "metric_per_case": [

@@ -27,7 +27,9 @@ from nnunet_fratmae.stage_metrics import FIGURES, save_summary, stage_metrics
 from nnunet_fratmae.trainer import FratMAETrainer, prepare_plans
 from nnUNet_raw_conversion.command import UserError, nnunet_folder
 from nnUNet_raw_conversion.pictures import save_figure
+from plans.contract import read_contract
 from plans.extension import find_modalities
+from plans.settings import Settings
 from plans.staging import STAGING_CONFIGURATION, Cohort, cohort_of_model, read_cohort, staging_plans
 from pretraining.data import Batches, Case
 
@@ -70,7 +72,7 @@ class FratMAEStagingTrainer(FratMAETrainer):
                             "FratMAEPlans")  # fmt: skip
         plans, notes = prepare_plans(plans, "3d_fullres", dataset_json)
         cohort = read_cohort(nnunet_folder("nnUNet_preprocessed") / plans["dataset_name"], plans, fold)
-        return staging_plans(plans, cohort.classes), notes
+        return staging_plans(plans, cohort.classes), notes + other_bodies(plans)
 
     @staticmethod
     def build_network_architecture(plans_manager: PlansManager, *args: Any, **kwargs: Any) -> nn.Module:
@@ -236,11 +238,25 @@ class FratMAEStagingTrainer(FratMAETrainer):
         nothing)."""
         found = self.predict(self._validation_loader())
         figures, said = save_summary(
-            Path(self.output_folder) / "validation" / "summary.json", self.settings.staging.target, self.classes,
-            self.cohort.validation, found["probabilities"],
+            Path(self.output_folder) / "validation" / "summary.json", self.settings.staging.target, self.cohort,
+            found["probabilities"],
             chosen_on_these_cases=self.patience is not None,  # without patience the last epoch is kept
         )  # fmt: skip
         for name in FIGURES:
             if figures[name] is not None:
                 self.logger.log_summary(f"final_val/{name}", figures[name])
         self.print_to_log_file(said)
+
+
+def other_bodies(plans: dict[str, Any]) -> list[str]:
+    """A warning where the pretrained encoders saw whole bodies on another grid or in other slices than these plans."""
+    settings = Settings.from_json(plans["fratmae"])
+    if settings.pretrained is None or settings.finetune.from_scratch:
+        return []
+    theirs, ours = read_contract(settings.pretrained), settings.wholebody
+    seen, here = ((w.stack, tuple(w.grid), w.k) for w in (theirs, ours))
+    if seen == here:
+        return []
+    words = ("{} slices of a grid of {}, every {}.".format(*what) for what in (seen, here))
+    return ["WARNING: pretraining saw {} These plans have {} A body has another size in voxels there, so its features "
+            "are others (wholebody.grid, .k)".format(*words)]  # fmt: skip

@@ -70,8 +70,9 @@ class FratMAETrainer(nnUNetTrainer):
     ) -> None:
         check_overrides(type(self).__name__)
         resume = take_resume(plans)
-        self.notes, self.preparation_error = [], None
+        self.notes, self.preparation_error, self.today = [], None, None
         try:
+            self.today = Settings.from_json(plans.get("fratmae", {}))
             prepared, self.notes = self.prepare(plans, configuration, fold, dataset_json)
             check_other_folds(self._model_folder(plans, configuration), prepared, configuration, fold)
             plans = prepared
@@ -136,15 +137,20 @@ class FratMAETrainer(nnUNetTrainer):
         if not self.was_initialized:
             checkpoint = torch.load(filename_or_checkpoint, map_location="cpu", weights_only=False, mmap=True)
             plans = checkpoint["init_args"]["plans"]
-            if self.preparation_error is None:
-                plans, notes = go_on_with(plans, self.settings)
-                for note in notes:
-                    self.print_to_log_file(note, add_timestamp=False)
+            notes = []
+            if self.today is not None:
+                plans, notes = go_on_with(plans, self.today)
+            if self.preparation_error is not None:
+                notes.append(f"WARNING: a new training would not start here: {self.preparation_error}")
+            for note in notes:
+                self.print_to_log_file(note, add_timestamp=False)
             self.plans_manager = PlansManager(plans)
             self.configuration_manager = self.plans_manager.get_configuration(self.configuration_name)
             self._use_finetune_settings()
             super().initialize()  # all weights come from the checkpoint, so none are pretrained
         super().load_checkpoint(filename_or_checkpoint)
+        # nnU-Net would save those that the training began with, and the next --c fall back to them
+        self.my_init_kwargs = {**self.my_init_kwargs, "plans": self.plans_manager.plans}
 
     def configure_optimizers(self) -> tuple[torch.optim.Optimizer, LRScheduler]:
         """AdamW with cosine; frozen encoders are frozen here, which is before DDP looks at the network."""

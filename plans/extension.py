@@ -6,6 +6,7 @@ nnU-Net builds, and the settings are kept in the top-level block "fratmae".
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Sequence
@@ -18,8 +19,9 @@ from nnunetv2.configuration import ANISO_THRESHOLD
 from nnUNet_raw_conversion.command import UserError
 from plans.contract import Contract
 from plans.memory import step_memory
-from plans.settings import STACKS, Settings
-from plans.units import MODALITIES, PRETRAINING_UNITS, absent_value, affine_to_units
+from plans.settings import STACKS, TOKEN_SIDES, Settings
+from plans.strides import decoder_strides
+from plans.units import MODALITIES, PRETRAINING_UNITS, absent_value, affine_to_units, intensity_properties
 
 NETWORK = "nnunet_fratmae.networks.unetr.FratMAEUNETR"
 JOINT_NETWORK = "nnunet_fratmae.networks.staging.FratMAEJoint"  # the same with a classifier (plans/staging.py)
@@ -30,6 +32,7 @@ PAPER_TOKEN = (8, 16, 16)  # 480 tokens for the paper's patch (DESIGN, "The meth
 # Patch and token of a stack. The axial one, as thick and as wide, is for the comparison of the paper's table 2.
 STACK_SIZES = {"coronal": (PAPER_PATCH, PAPER_TOKEN), "axial": ((160, 160, 32), (16, 16, 8))}
 MIN_TOKENS = 128  # below this a patch says too little; small studies get smaller tokens
+LEAST_SIDE = 2  # of a token that is chosen
 MIN_BATCH, MAX_BATCH = 2, 16  # nnU-Net's and the paper's
 
 
@@ -67,22 +70,29 @@ def extend_plans(
     if is_fratmae(config):
         planned = tuple(config["patch_size"][axis] for axis in axes)
         finetune = replace(settings.finetune, patch=None, batch_size=config["batch_size"])
-        settings = choose_sizes(replace(settings, finetune=finetune), median, classes)
+        settings = choose_sizes(replace(settings, finetune=finetune), median, classes, spacing)
         settings = replace(settings, finetune=replace(settings.finetune, patch=cover(planned, settings.token_patch)))
     else:
         settings = _sizes_that_fit(settings, median, classes, spacing)
-    lost = lost_to_pretraining(plans, config, present)
+    finetune = settings.finetune
+    needed = training_memory(settings, finetune.patch, finetune.batch_size, classes, spacing)
+    lost = lost_to_pretraining(plans, config, dataset_json, present)
     if lost and settings.pretrained and not settings.finetune.from_scratch:
         raise UserError(f"pretrained encoders {settings.pretrained} cannot be used with these plans: {lost[0]}; or "
                         "train from scratch (fratmae.finetune.from_scratch)")  # fmt: skip
     scale, shift, clip, warnings = _to_units(plans, config, present)
     warnings = lost + warnings
+    if needed > finetune.gpu_memory_target:
+        warnings.append(f"{finetune.batch_size} patches of {finetune.patch} voxels need about {needed:.1f} GB on one "
+                        f"GPU, more than finetune.gpu_memory_target={finetune.gpu_memory_target:g}; choose a smaller "
+                        "finetune.batch_size, or plan for the artefact (fratmae_plan_and_preprocess -pretrained)"
+                        )  # fmt: skip
     for channel, name in enumerate(channel_modalities(dataset_json)):
         if name not in MODALITIES:
             warnings.append(f"channel {channel} is neither CT nor PET, the network does not use it")
-    patch = settings.finetune.patch
+    patch = finetune.patch
     config["patch_size"] = [patch[axes.index(axis)] for axis in range(3)]
-    config["batch_size"] = settings.finetune.batch_size
+    config["batch_size"] = finetune.batch_size
     config["architecture"] = {
         "network_class_name": NETWORK,
         "arch_kwargs": {
@@ -92,6 +102,7 @@ def extend_plans(
             "depth": settings.sizes.depth,
             "num_heads": settings.sizes.num_heads,
             "features": settings.sizes.unetr_features,
+            "strides": [list(step) for step in decoder_strides(settings.token_patch, spacing)],
             "modalities": [present.get(modality) for modality in MODALITIES],
             "axes": axes,
             "scale": scale,
@@ -145,13 +156,13 @@ def choose_sizes(
     """Settings with every size that was left open chosen for studies of `median` (H, W, D) voxels of `spacing` mm.
 
     The paper's sizes where the data allow, smaller ones for smaller studies. Where nnU-Net calls a spacing anisotropic,
-    the patch of the fine-tuning has the paper's proportions in mm. For fine-tuning, the largest batch up to
-    the paper's that fits `finetune.gpu_memory_target`; where not even two patches fit, a smaller patch (of at least
-    MIN_TOKENS tokens, so it may not fit either).
+    token (and with it the strides of the decoder) and patch of the fine-tuning have the paper's proportions in mm. For
+    fine-tuning, the largest batch up to the paper's that fits `finetune.gpu_memory_target`; where not even two patches
+    fit, a smaller patch (of at least MIN_TOKENS tokens, so it may not fit either).
     """
     whole = settings.wholebody
     axis, (largest, _) = STACKS[whole.stack], STACK_SIZES[whole.stack]
-    token = settings.token_patch or _choose_token(median, whole.stack)
+    token = settings.token_patch or _choose_token(median, whole.stack, spacing)
     settings = replace(settings, token_patch=token)
     grid = whole.grid or cover(median, token, cover(PAPER_GRID, token))
     k = whole.k or (PAPER_K if grid[axis] >= PAPER_K * largest[axis] else 1)
@@ -162,9 +173,9 @@ def choose_sizes(
     patch, batch = settings.finetune.patch, settings.finetune.batch_size
     if patch is None:
         largest = cover(_in_proportion(largest, spacing, token), token)
-        patch = _shrink(settings, cover(median, token, largest), batch or MIN_BATCH, classes)
+        patch = _shrink(settings, cover(median, token, largest), batch or MIN_BATCH, classes, spacing)
     if batch is None:
-        fitting = (n for n in range(MAX_BATCH, MIN_BATCH, -1) if _fits(settings, patch, n, classes))
+        fitting = (n for n in range(MAX_BATCH, MIN_BATCH, -1) if _fits(settings, patch, n, classes, spacing))
         batch = next(fitting, MIN_BATCH)
     return replace(settings, finetune=replace(settings.finetune, patch=patch, batch_size=batch))
 
@@ -177,22 +188,27 @@ def count_classes(dataset_json: dict[str, Any]) -> int:
     return len(labels) - has_regions if labels else 2
 
 
-def training_memory(settings: Settings, patch: Sequence[int], batch: int, classes: int) -> float:
+def training_memory(
+    settings: Settings, patch: Sequence[int], batch: int, classes: int, spacing: Sequence[float] = (1.0, 1.0, 1.0)
+) -> float:
     """GB of a fine-tuning step on a GPU; with a joint branch, of its studies too."""
     modalities, studies = len(settings.used_modalities), None
     if settings.finetune.stage_weight:
         studies = (settings.wholebody.patch, settings.staging.batch_size)
-    return step_memory(settings.sizes, settings.token_patch, patch, batch, classes, "cuda", modalities, studies)
+    return step_memory(settings.sizes, settings.token_patch, patch, batch, classes, "cuda", modalities, studies,
+                       spacing)  # fmt: skip
 
 
-def _fits(settings: Settings, patch: Sequence[int], batch: int, classes: int) -> bool:
-    return training_memory(settings, patch, batch, classes) <= settings.finetune.gpu_memory_target
+def _fits(settings: Settings, patch: Sequence[int], batch: int, classes: int, spacing: Sequence[float]) -> bool:
+    return training_memory(settings, patch, batch, classes, spacing) <= settings.finetune.gpu_memory_target
 
 
-def _shrink(settings: Settings, patch: Sequence[int], batch: int, classes: int) -> tuple[int, int, int]:
+def _shrink(
+    settings: Settings, patch: Sequence[int], batch: int, classes: int, spacing: Sequence[float]
+) -> tuple[int, int, int]:
     """The patch, a token shorter along its longest axis (in tokens) again and again until the batch fits."""
     h, w, d = patch
-    while not _fits(settings, (h, w, d), batch, classes):
+    while not _fits(settings, (h, w, d), batch, classes, spacing):
         tokens = [n // t for n, t in zip((h, w, d), settings.token_patch, strict=True)]
         longest = tokens.index(max(tokens))
         if math.prod(tokens) * (tokens[longest] - 1) < MIN_TOKENS * tokens[longest]:
@@ -202,9 +218,14 @@ def _shrink(settings: Settings, patch: Sequence[int], batch: int, classes: int) 
     return h, w, d
 
 
+def is_anisotropic(spacing: Sequence[float]) -> bool:
+    """Whether nnU-Net calls voxels of this spacing anisotropic."""
+    return max(spacing) > ANISO_THRESHOLD * min(spacing)
+
+
 def _in_proportion(patch: Sequence[int], spacing: Sequence[float], token: Sequence[int]) -> tuple[int, ...]:
     """A patch of isotropic voxels, as one of about as many voxels of `spacing` and the same proportions in mm."""
-    if max(spacing) <= ANISO_THRESHOLD * min(spacing):
+    if not is_anisotropic(spacing):
         return tuple(patch)
     mean = math.prod(spacing) ** (1 / len(spacing))
     return tuple(max(t, round(p * mean / s / t) * t) for p, s, t in zip(patch, spacing, token, strict=True))
@@ -214,7 +235,7 @@ def _sizes_that_fit(settings: Settings, median: Sequence[int], classes: int, spa
     """`choose_sizes`, refused if what it had to choose does not fit the memory."""
     chosen = choose_sizes(settings, median, classes, spacing)
     finetune = chosen.finetune
-    needed = training_memory(chosen, finetune.patch, finetune.batch_size, classes)
+    needed = training_memory(chosen, finetune.patch, finetune.batch_size, classes, spacing)
     if None in (settings.finetune.patch, settings.finetune.batch_size) and needed > finetune.gpu_memory_target:
         raise UserError(f"-preset {settings.preset}: {finetune.batch_size} patches of {finetune.patch} voxels need "
                         f"about {needed:.1f} GB, more than finetune.gpu_memory_target={finetune.gpu_memory_target:g}; "
@@ -222,10 +243,14 @@ def _sizes_that_fit(settings: Settings, median: Sequence[int], classes: int, spa
     return chosen
 
 
-def _choose_token(median: Sequence[int], stack: str) -> tuple[int, int, int]:
+def _choose_token(median: Sequence[int], stack: str, spacing: Sequence[float]) -> tuple[int, int, int]:
     largest, token = STACK_SIZES[stack]
-    while min(token) > 2:
-        patch = cover(median, token, largest)
+    if is_anisotropic(spacing):
+        mean = math.prod(spacing) ** (1 / len(spacing))
+        nearest = (2 ** round(math.log2(t * mean / s)) for t, s in zip(token, spacing, strict=True))
+        token = tuple(min(max(n, LEAST_SIDE), max(TOKEN_SIDES)) for n in nearest)
+    while min(token) > LEAST_SIDE:
+        patch = cover(median, token, cover(_in_proportion(largest, spacing, token), token))
         if math.prod(p // t for p, t in zip(patch, token, strict=True)) >= MIN_TOKENS:
             break
         token = tuple(t // 2 for t in token)
@@ -305,15 +330,21 @@ def _range_seen(modality: str, properties: dict[str, float]) -> float:
     return (high - low) / (units.upper - units.lower)
 
 
-def lost_to_pretraining(plans: dict[str, Any], config: dict[str, Any], channels: dict[str, int]) -> list[str]:
+def lost_to_pretraining(
+    plans: dict[str, Any], config: dict[str, Any], dataset_json: dict[str, Any], channels: dict[str, int]
+) -> list[str]:
     """What keeps a pretrained encoder from being the same function of the same patient, one line each."""
     lost = []
     for modality, channel in channels.items():
         scheme = config["normalization_schemes"][channel]
         properties = plans["foreground_intensity_properties_per_channel"][str(channel)]
         if affine_to_units(modality, scheme, properties) is None:
+            declared = json.dumps(channel_modalities(dataset_json))  # or the new name would be taken for a CT
             lost.append(f"channel {channel} ({modality}) has {scheme}: absolute values are lost; name the channel CT "
-                        "in dataset.json and plan again")  # fmt: skip
+                        f'in dataset.json, write "fratmae": {{"modalities": {declared}}} there and plan again')
+        if any(properties == intensity_properties(other) for other in MODALITIES if other != modality):
+            lost.append(f"channel {channel} ({modality}) is normalised as the other modality: plans of a dataset with "
+                        "its channels in another order? plan this one by itself")  # fmt: skip
     if not str(plans.get("image_reader_writer", "")).endswith("WithReorient"):
         lost.append(f"{plans.get('image_reader_writer')} does not look at the orientation of images, FratMAE takes "
                     'them for axial slices from the feet up; write "overwrite_image_reader_writer": '

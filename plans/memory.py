@@ -14,8 +14,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from plans.settings import Preset
+from plans.strides import LEVELS, decoder_strides
 
-STEPS = 4  # of the decoder from tokens to voxels; the encoder is tapped as often
 TRANSIENT = 3.8
 """Activations of the decoder's width at full resolution that live only for a moment of the backward pass."""
 FIXED_GB = {"cpu": 0.045, "cuda": 1.0}
@@ -53,23 +53,22 @@ class Tally:
         self.parameters += wide * out * math.prod(stride) + out
 
     def decoder(
-        self, sizes: Preset, token_patch: Sequence[int], tokens: int, voxels: int, classes: int, modalities: int
+        self, sizes: Preset, steps: Sequence[Sequence[int]], tokens: int, voxels: int, classes: int, modalities: int
     ) -> None:
-        """unetr.UNETRDecoder; `tokens` without CLS."""
+        """unetr.UNETRDecoder with the strides `steps`; `tokens` without CLS."""
         maps, features = modalities * sizes.embed_dim, sizes.unetr_features
-        widths = [features * 2**level for level in reversed(range(STEPS))]
-        steps = [tuple(2 if t >= 2 ** (STEPS - step) else 1 for t in token_patch) for step in range(STEPS)]
-        at = [tokens * math.prod(math.prod(step) for step in steps[: level + 1]) for level in range(STEPS)]
-        self.kept += STEPS * maps * tokens + modalities * voxels  # the maps of the encoders together, the image
+        widths = [features * 2**level for level in reversed(range(LEVELS))]
+        at = [tokens * math.prod(math.prod(step) for step in steps[: level + 1]) for level in range(LEVELS)]
+        self.kept += LEVELS * maps * tokens + modalities * voxels  # the maps of the encoders together, the image
         self.block(modalities, features, voxels)
-        for level in range(STEPS - 1):  # the ways of the early maps up to their level
+        for level in range(LEVELS - 1):  # the ways of the early maps up to their level
             self.upsample(maps, widths[level], steps[0])
             self.kept += widths[level] * at[0] if level else 0  # what further steps start from
             for step in range(1, level + 1):
                 self.upsample(widths[level], widths[level], steps[step])
                 self.kept += widths[level] * at[step]
                 self.block(widths[level], widths[level], at[step])
-        for level in range(STEPS):
+        for level in range(LEVELS):
             self.upsample([maps, *widths][level], widths[level], steps[level])
             self.kept += 2 * widths[level] * at[level]  # upsampled and skipped, concatenated
             self.block(2 * widths[level], widths[level], at[level])
@@ -78,15 +77,16 @@ class Tally:
 
 
 def tally(
-    sizes: Preset, token_patch: Sequence[int], patch: Sequence[int], classes: int = 2, modalities: int = 2
-) -> Tally:
+    sizes: Preset, token_patch: Sequence[int], patch: Sequence[int], classes: int = 2, modalities: int = 2,
+    spacing: Sequence[float] = (1.0, 1.0, 1.0),
+) -> Tally:  # fmt: skip
     """Count the whole network (an encoder for each of the modalities, decoder) for patches of (H, W, D) voxels."""
     voxels = math.prod(patch)
     tokens = voxels // math.prod(token_patch)
     count = Tally()
     for _ in range(modalities):
         count.encoder(sizes, token_patch, 1 + tokens, voxels)
-    count.decoder(sizes, token_patch, tokens, voxels, classes, modalities)
+    count.decoder(sizes, decoder_strides(token_patch, spacing), tokens, voxels, classes, modalities)
     return count
 
 
@@ -99,13 +99,14 @@ def step_memory(
     device: str = "cuda",
     modalities: int = 2,
     studies: tuple[Sequence[int], int] | None = None,
+    spacing: Sequence[float] = (1.0, 1.0, 1.0),
 ) -> float:
     """Peak of a training step in GB: bfloat16 or float16 by autocast on "cuda", float32 on "cpu".
 
     `studies`: patch and number of the whole bodies that a joint branch classifies in the same step (its small head is
     not counted).
     """
-    count = tally(sizes, token_patch, patch, classes, modalities)
+    count = tally(sizes, token_patch, patch, classes, modalities, spacing)
     number = 2 if device == "cuda" else 4  # bytes
     copies = 2 if device == "cuda" else 0  # autocast's half-precision copy of the weights
     transient = TRANSIENT * sizes.unetr_features * math.prod(patch) * number

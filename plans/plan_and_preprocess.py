@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
-import json
 import os
 import shutil
 from dataclasses import replace
@@ -14,7 +13,14 @@ from typing import Any
 
 from nnUNet_raw_conversion.command import UserError, find_dataset, nnunet_folder, run_command
 from plans.contract import read_contract
-from plans.extension import count_classes, extend_plans, follow_artefact, training_memory
+from plans.extension import (
+    count_classes,
+    extend_plans,
+    find_channels,
+    find_modalities,
+    follow_artefact,
+    training_memory,
+)
 from plans.preprocessed import PLANS_NAME, check_splits, read_json
 from plans.settings import Settings, add_arguments, override
 
@@ -29,6 +35,8 @@ def main() -> None:
     target = Settings().finetune.gpu_memory_target
     parser.add_argument("-gpu_memory_target", type=float, metavar="GB", help="memory of the GPU that patch and batch "
                         f"size of the fine-tuning are chosen for (default: {target:g}); several GPUs share the batch")
+    parser.add_argument("-plans_name", metavar="PLANS", help="preprocess by these FratMAE plans of the dataset, which "
+                        "nnUNetv2_move_plans_between_datasets has brought or you have edited, instead of planning")
     add_arguments(parser, Settings.preset)
     parser.set_defaults(preset=None)  # None: as planned before, if it was
     run_command(parser, _run)
@@ -39,8 +47,14 @@ def _run(args: argparse.Namespace) -> None:
     for name, value in (("preset", args.preset), ("finetune.gpu_memory_target", args.gpu_memory_target)):
         said += [f"{name}={value}"] if value is not None else []
     override(Settings(), said)  # a mistake is found before the first of many datasets is planned
+    if args.plans_name and (said or args.pretrained):
+        raise UserError(f"-plans_name {args.plans_name}: these plans are there, and settings are for planning; edit "
+                        "them in its file")  # fmt: skip
     preprocessed = nnunet_folder("nnUNet_preprocessed")
     for raw in [find_dataset("nnUNet_raw", dataset_id) for dataset_id in args.d]:
+        if args.plans_name:
+            preprocess(raw, _plans_that_are_there(preprocessed / raw.name, args.plans_name), args.np)
+            continue
         settings = planned_settings(preprocessed / raw.name / f"{PLANS_NAME}.json", said, args.pretrained)
         plan_and_preprocess(raw, settings, args.np)
 
@@ -77,6 +91,15 @@ def planned_settings(earlier: Path, said: list[str], pretrained: str | None = No
     return followed
 
 
+def _plans_that_are_there(preprocessed: Path, name: str) -> dict[str, Any]:
+    path = preprocessed / f"{name}.json"
+    plans = read_json(path) if path.is_file() else {}
+    if not plans.get("fratmae"):
+        raise UserError(f"-plans_name {name}: {path} {'is not there' if not plans else 'has no FratMAE plans'}; bring "
+                        "some with nnUNetv2_move_plans_between_datasets, or plan without -plans_name")  # fmt: skip
+    return plans
+
+
 def _reopened(plans: dict[str, Any]) -> Settings:
     """The settings of plans, where sizes that are still as the planner chose them are open."""
     block = plans.get("fratmae", {})
@@ -106,39 +129,65 @@ def plan_and_preprocess(raw: Path, settings: Settings, processes: int) -> None:
         UserError: the dataset cannot be planned; the message says what to do.
     """
     # Here and not above: nnU-Net and torch take seconds to import, and an error above should not
-    from nnunetv2.experiment_planning.plan_and_preprocess_api import extract_fingerprint_dataset, preprocess_dataset
+    from nnunetv2.experiment_planning.plan_and_preprocess_api import extract_fingerprint_dataset
 
-    from plans.extension import find_channels, find_modalities
     from plans.planner import FratMAEPlanner, plan_unlabelled
-    from plans.wholebody import list_studies, write_store
 
-    dataset_id = int(raw.name[7:10])
+    dataset_json, studies, labelled = _open(raw)
+    find_channels(dataset_json, settings.modalities)
+    print(f"{raw.name}: {labelled} labelled and {len(studies) - labelled} unlabelled studies")
+    if labelled:
+        with _quiet():
+            extract_fingerprint_dataset(int(raw.name[7:10]), num_processes=max(1, min(processes, labelled)),
+                                        verbose=False)  # fmt: skip
+        plans = FratMAEPlanner(raw.name, settings).plan_experiment()
+    else:
+        find_modalities(dataset_json)  # without labels there is only pretraining, which needs both
+        plans = plan_unlabelled(raw.name, studies, dataset_json, settings)
+    preprocess(raw, plans, processes)
+
+
+def _open(raw: Path) -> tuple[dict[str, Any], dict[str, tuple[list[str], str | None]], int]:
+    """dataset.json, the studies and how many of them are labelled."""
+    from plans.wholebody import list_studies
+
     if not (raw / "dataset.json").is_file():
         raise UserError(f"{raw}/dataset.json is not there; convert the studies first (fratmae_convert_pairs)")
-    dataset_json = json.loads((raw / "dataset.json").read_text())
-    find_channels(dataset_json, settings.modalities)
+    dataset_json = read_json(raw / "dataset.json")
+    find_channels(dataset_json)
     check_splits(raw)
     studies = list_studies(raw, dataset_json)
     if not studies:
         raise UserError(f"{raw}: no studies in imagesTr or imagesPt; convert the studies first (fratmae_convert_pairs)")
-    processes = max(1, min(processes, len(studies)))
-    labelled = sum(labels is not None for _, labels in studies.values())
-    print(f"{raw.name}: {labelled} labelled and {len(studies) - labelled} unlabelled studies")
+    return dataset_json, studies, sum(labels is not None for _, labels in studies.values())
+
+
+def preprocess(raw: Path, plans: dict[str, Any], processes: int) -> None:
+    """3d_fullres by nnU-Net and the whole-body store of one raw dataset folder, by its plans.
+
+    Raises:
+        UserError: a study that cannot be used; the message says what to do.
+    """
+    from nnunetv2.experiment_planning.plan_and_preprocess_api import extract_fingerprint_dataset, preprocess_dataset
+
+    from plans.wholebody import check_preprocessed, write_store
+
+    dataset_json, studies, labelled = _open(raw)
+    preprocessed, dataset_id = nnunet_folder("nnUNet_preprocessed") / raw.name, int(raw.name[7:10])
+    processes, configurations = max(1, min(processes, len(studies))), plans["configurations"]
+    for name in ("dataset.json", "clinical.csv", "splits_final.json"):  # as nnU-Net's planner, of labelled datasets
+        if (raw / name).is_file() and not (name == "splits_final.json" and (preprocessed / name).is_file()):
+            shutil.copyfile(raw / name, preprocessed / name)
     if labelled:
         with _quiet():
-            extract_fingerprint_dataset(dataset_id, num_processes=processes, verbose=False)
-        plans = FratMAEPlanner(raw.name, settings).plan_experiment()
-        with _quiet():
-            preprocess_dataset(dataset_id, PLANS_NAME, ("3d_fullres",), num_processes=(processes,))
-    else:
-        find_modalities(dataset_json)  # without labels there is only pretraining, which needs both
-        plans = plan_unlabelled(raw.name, studies, dataset_json, settings)
-    preprocessed = nnunet_folder("nnUNet_preprocessed") / raw.name
-    if "wholebody" in plans["configurations"]:
-        store = preprocessed / plans["configurations"]["wholebody"]["data_identifier"]
+            if not (preprocessed / "dataset_fingerprint.json").is_file():  # where plans were moved; nnU-Net wants one
+                extract_fingerprint_dataset(dataset_id, num_processes=processes, verbose=False)
+            preprocess_dataset(dataset_id, plans["plans_name"], ("3d_fullres",), num_processes=(processes,))
+    if "wholebody" in configurations:
+        store = preprocessed / configurations["wholebody"]["data_identifier"]
         write_store(store, studies, plans, dataset_json, processes)
-    if (raw / "clinical.csv").is_file():  # beside dataset.json, which nnU-Net copies in the same way
-        shutil.copyfile(raw / "clinical.csv", preprocessed / "clinical.csv")
+    else:
+        check_preprocessed(preprocessed / configurations["3d_fullres"]["data_identifier"], dataset_json)
     _summary(preprocessed, plans, dataset_json, labelled)
 
 
@@ -161,7 +210,8 @@ def _summary(preprocessed: Path, plans: dict[str, Any], dataset_json: dict[str, 
     for warning in extend_plans(plans, dataset_json, settings)[1]:
         print(f"  WARNING: {warning}")
     if labelled:
-        memory = training_memory(settings, fullres["patch_size"], fullres["batch_size"], count_classes(dataset_json))
+        memory = training_memory(settings, fullres["patch_size"], fullres["batch_size"], count_classes(dataset_json),
+                                 fullres["spacing"])  # fmt: skip
         spacing = [round(s, 3) for s in fullres["spacing"]]
         print(f"  3d_fullres  patch {fullres['patch_size']}, spacing {spacing} mm, batch size {fullres['batch_size']} "
               f"(about {memory:.1f} GB)")  # fmt: skip

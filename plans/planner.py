@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import io
+from collections.abc import Sequence
+from importlib.metadata import version
 from typing import Any
 
 import numpy as np
+import SimpleITK as sitk
 from batchgenerators.utilities.file_and_folder_operations import save_json
 from nnunetv2.experiment_planning.experiment_planners.default_experiment_planner import ExperimentPlanner
 from nnunetv2.imageio.reader_writer_registry import determine_reader_writer_from_dataset_json
@@ -14,7 +17,7 @@ from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIOWithReorient
 from tqdm import tqdm
 
 from nnUNet_raw_conversion.command import UserError, nnunet_folder
-from plans.extension import HWD_FROM_ZYX, channel_modalities, extend_plans, find_channels
+from plans.extension import HWD_FROM_ZYX, channel_modalities, extend_plans, find_channels, hwd_axes
 from plans.preprocessed import PLANS_NAME
 from plans.settings import Settings
 from plans.units import MODALITIES, intensity_properties
@@ -27,6 +30,14 @@ class FratMAEPlanner(ExperimentPlanner):
         super().__init__(dataset_name, plans_name=PLANS_NAME)
         self.settings = settings
         self.lowres_creation_threshold = 0  # a coronal patch spans the body; there is no 3d_lowres
+        images = [files["images"][0] for files in self.dataset.values()]
+        if find_reader(self.dataset_json, images[0]) != determine_reader_writer_from_dataset_json(
+            self.dataset_json, images[0], verbose=False
+        ):
+            # nnU-Net measures with the reader that it would take itself, which leaves images as they lie
+            for name in ("spacings", "shapes_after_crop"):
+                measured = zip(self.dataset_fingerprint[name], images, strict=True)
+                self.dataset_fingerprint[name] = [reoriented(values, image) for values, image in measured]
 
     def determine_transpose(self) -> tuple[list[int], list[int]]:
         return list(HWD_FROM_ZYX), [HWD_FROM_ZYX.index(axis) for axis in range(3)]
@@ -52,11 +63,25 @@ class FratMAEPlanner(ExperimentPlanner):
     def save_plans(self, plans: dict[str, Any]) -> None:
         if "3d_fullres" not in plans["configurations"]:
             raise UserError(f"{self.raw_dataset_folder}: the images are 2D; FratMAE needs whole-body volumes")
+        if hwd_axes(plans["transpose_forward"]) != [0, 1, 2]:
+            raise UserError(f"nnunetv2 {version('nnunetv2')} transposed the axes by itself, so it is none that "
+                            "FratMAEPlanner knows; install the version that this package asks for")  # fmt: skip
         # nnU-Net sets batch_dice where it also plans a lowres stage. Lesions are few in whole bodies: over single
         # patches, Dice would not punish what is found where there is nothing.
         plans["configurations"] = {"3d_fullres": {**plans["configurations"]["3d_fullres"], "batch_dice": True}}
         self.plans = finish_plans(plans, self.dataset_json, self.settings)
         super().save_plans(self.plans)
+
+
+def reoriented(values: Sequence[float], image: str) -> list[float]:
+    """What an image has along each axis as it lies (z, y, x), along those that SimpleITKIOWithReorient gives it."""
+    header = sitk.ImageFileReader()
+    header.SetFileName(image)
+    header.ReadImageInformation()
+    if header.GetDimension() != 3:
+        return list(values)
+    lies = sitk.DICOMOrientImageFilter_GetOrientationFromDirectionCosines(header.GetDirection())  # such as "LPS"
+    return [values[2 - next(i for i in range(3) if lies[i] in pair)] for pair in ("SI", "AP", "LR")]
 
 
 def find_reader(dataset_json: dict[str, Any], example: str) -> type:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import functools
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from torch.nn.functional import interpolate
 from tqdm import tqdm
 
 from nnUNet_raw_conversion.command import UserError, map_cases
-from plans.extension import channel_modalities, find_modalities
+from plans.extension import channel_modalities, find_channels
 from plans.units import PRETRAINING_UNITS
 
 MOST_SATURATED = 0.05  # share of a study above the PET's upper limit; hot kidneys and bladder are well below 1 %
@@ -88,18 +89,32 @@ def list_studies(raw: Path, dataset_json: dict[str, Any]) -> dict[str, tuple[lis
     return studies
 
 
-def check_units(case: str, data: np.ndarray) -> None:
-    """See that a study in pretraining units, (2, H, W, D) CT and PET, can have been HU and SUV.
+def check_units(case: str, volumes: Mapping[str, np.ndarray]) -> None:
+    """See that a study, CT, PET or both in pretraining units, can have been HU and SUV.
 
     Raises:
         UserError: values that are not finite, or a PET that lies on the upper limit, as Bq/ml does.
     """
-    if not np.isfinite(data).all():
-        raise UserError(f"case {case}: CT or PET has NaN or infinite voxels; mend the image")
+    for modality, volume in volumes.items():
+        if not np.isfinite(volume).all():
+            raise UserError(f"case {case}: the {modality} has NaN or infinite voxels; mend the image")
     pet = PRETRAINING_UNITS["PET"]
-    share = float(np.mean(data[1] >= (pet.upper - pet.mean) / pet.std - 1e-3))
+    highest = (pet.upper - pet.mean) / pet.std
+    share = float(np.mean(volumes["PET"] >= highest - 1e-3)) if "PET" in volumes else 0.0
     if share > MOST_SATURATED:
         raise UserError(f"case {case}: {share:.0%} of the PET is above SUV {pet.upper:g}: Bq/ml? convert it to SUVbw")
+
+
+def check_preprocessed(folder: Path, dataset_json: dict[str, Any]) -> None:
+    """`check_units` of what nnU-Net preprocessed in pretraining units, for datasets that have no whole-body store.
+
+    Raises:
+        UserError: as `check_units`.
+    """
+    dataset, channels = nnUNetDatasetBlosc2(str(folder)), find_channels(dataset_json)
+    for case in tqdm(dataset.identifiers, "Units"):
+        data = dataset.load_case(case)[0]
+        check_units(case, {modality: data[channel] for modality, channel in channels.items()})
 
 
 def write_store(
@@ -140,7 +155,10 @@ def read_study(
         )
     except (RuntimeError, AssertionError) as error:  # how nnU-Net and ITK say that files are unreadable or do not fit
         raise UserError(f"case {case}: {' '.join(str(error).split()) or 'CT and PET differ in shape'}") from None
-    check_units(case, data[find_modalities(dataset_json)])
+    if data.shape[1:] != tuple(grid):
+        raise UserError(f"case {case}: nnunetv2 {version('nnunetv2')} did not resize it to {grid}, so it is none that "
+                        "FratMAE knows; install the version that this package asks for")  # fmt: skip
+    check_units(case, {modality: data[channel] for modality, channel in find_channels(dataset_json, "both").items()})
     return data.astype(np.float16), seg, properties
 
 

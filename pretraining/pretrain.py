@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from nnUNet_raw_conversion.command import UserError, check_device, find_dataset,
 from plans.extension import choose_sizes, find_channels, lost_to_pretraining
 from plans.preprocessed import PLANS_NAME, load_plans, validation_cases
 from plans.settings import METHODS, STACKS, Pretrain, Settings, add_arguments, override, require
+from plans.staging import split_unsegmented
 
 RUN_NAME = f"FratMAEPretraining__{PLANS_NAME}__wholebody"
 
@@ -55,7 +57,7 @@ def _run(args: argparse.Namespace) -> None:
         raise UserError(f"-num_gpus {args.num_gpus}: {torch.cuda.device_count()} can be used here")
     cases = []
     for preprocessed, (plans, dataset_json) in zip(datasets, loaded, strict=True):
-        left_out = set() if args.f is None else validation_cases(preprocessed, plans, args.f)
+        left_out = set() if args.f is None else _left_out(preprocessed, plans, args.f)
         found = list_cases(preprocessed, plans, dataset_json)
         patients = {c.patient for c in found if c.patient and c.path.stem in left_out}  # their other studies, too
         cases += [c for c in found if c.path.stem not in left_out and c.patient not in patients]
@@ -70,6 +72,13 @@ def _run(args: argparse.Namespace) -> None:
             raise UserError("the GPU's memory is too small; lower pretrain.micro_batch_size (the batch stays as it is) "
                             "or take a smaller -preset") from error  # fmt: skip
         raise
+
+
+def _left_out(preprocessed: Path, plans: dict, fold: int) -> set[str]:
+    """The cases that will validate in a fold, by their segmentations or, without any, by stages."""
+    with contextlib.suppress(UserError):  # nothing to classify by either: nobody will validate
+        split_unsegmented(preprocessed, plans)
+    return validation_cases(preprocessed, plans, fold)
 
 
 def _settings(block: dict, args: argparse.Namespace) -> Settings:
@@ -114,7 +123,8 @@ def check_plans(datasets: list[Path], loaded: list[tuple[dict, dict]], settings:
         UserError: one has not.
     """
     for preprocessed, (plans, dataset_json) in zip(datasets, loaded, strict=True):
-        lost = lost_to_pretraining(plans, plans["configurations"]["3d_fullres"], find_channels(dataset_json))
+        fullres, channels = plans["configurations"]["3d_fullres"], find_channels(dataset_json)
+        lost = lost_to_pretraining(plans, fullres, dataset_json, channels)
         if lost:
             raise UserError(f"{preprocessed.name}: {lost[0]}")
         grid = tuple(plans["fratmae"]["wholebody"]["grid"])

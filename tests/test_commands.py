@@ -4,10 +4,13 @@ import json
 import shutil
 import sys
 
+import numpy as np
 import pytest
+import SimpleITK as sitk
 
 from plans import plan_and_preprocess
 from pretraining import pretrain
+from tests.conftest import SETTINGS
 
 
 def call(main, arguments: str, monkeypatch, capsys) -> str:
@@ -59,6 +62,34 @@ def test_planning_says_what_is_wrong(arguments, says, folders, monkeypatch, caps
     make_raw(folders)
     assert says in call(plan_and_preprocess.main, arguments, monkeypatch, capsys)
     assert not any((folders / "preprocessed").iterdir())
+
+
+def test_plans_that_are_there_take_no_settings(folders, monkeypatch, capsys):
+    make_raw(folders)
+    said = call(plan_and_preprocess.main, "-d 3 -plans_name Moved", monkeypatch, capsys)
+    assert "-plans_name Moved: " in said and "Moved.json is not there" in said
+    said = call(plan_and_preprocess.main, "-d 3 -plans_name Moved -preset vit_s", monkeypatch, capsys)
+    assert "settings are for planning" in said
+
+
+def test_the_plan_does_not_hang_on_how_images_lie(phantoms):
+    """Phantoms stored along other axes, in a dataset that names no reader: nnU-Net's own would not turn them."""
+    source, raw = phantoms.raw / "Dataset008_Phantom", phantoms.raw / "Dataset013_Permuted"
+    for name in ("imagesTr", "labelsTr"):
+        (raw / name).mkdir(parents=True)
+        for path in (source / name).iterdir():
+            sitk.WriteImage(sitk.PermuteAxes(sitk.ReadImage(str(path)), [2, 0, 1]), str(raw / name / path.name))
+    dataset_json = json.loads((source / "dataset.json").read_text())
+    del dataset_json["overwrite_image_reader_writer"]
+    (raw / "dataset.json").write_text(json.dumps(dataset_json))
+    sizes = [sitk.ReadImage(str(path)).GetSize() for path in (source / "labelsTr").iterdir()]  # x, y, z
+    phantoms.run(f"fratmae_plan_and_preprocess -d 13 -preset vit_nano -np 2 --set {' '.join(SETTINGS)}")
+    plans = json.loads((phantoms.preprocessed / "Dataset013_Permuted" / "FratMAEPlans.json").read_text())
+    fullres = plans["configurations"]["3d_fullres"]
+    assert fullres["spacing"] == pytest.approx([11, 10, 12])  # AP, LR, SI
+    assert fullres["median_image_size_in_voxels"] == [np.median([size[axis] for size in sizes]) for axis in (1, 0, 2)]
+    for folder in (phantoms.raw, phantoms.preprocessed):
+        shutil.rmtree(folder / "Dataset013_Permuted")
 
 
 def test_what_is_not_planned_is_to_be_planned_first(folders, monkeypatch, capsys):

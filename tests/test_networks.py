@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from nnunet_fratmae.networks.unetr import FratMAEUNETR, upsampling_steps
+from nnunet_fratmae.networks.unetr import FratMAEUNETR
 from nnunet_fratmae.networks.vit import ViTEncoder, sincos_positions, token_grid
+from plans.strides import decoder_strides
 
 PATCH, TOKEN = (8, 24, 32), (4, 8, 8)  # a grid of 2 x 3 x 4 tokens
 SMALL = {"embed_dim": 24, "depth": 4, "num_heads": 2}
@@ -65,14 +66,38 @@ def test_patch_must_be_whole_tokens():
 
 @pytest.mark.parametrize("token_patch", [(8, 16, 16), (4, 8, 8), (2, 4, 16), (1, 1, 1), (16, 16, 16)])
 def test_decoder_steps_multiply_to_the_token_patch(token_patch):
-    steps = upsampling_steps(token_patch)
+    steps = decoder_strides(token_patch)
     assert tuple(np.prod(steps, axis=0)) == token_patch
     assert len(steps) == 4
 
 
+@pytest.mark.parametrize(
+    "token_patch, spacing, expected",
+    [
+        ((8, 16, 16), (2, 2, 3), [(1, 2, 2), (2, 2, 2), (2, 2, 2), (2, 2, 2)]),
+        ((16, 16, 4), (1, 1, 5), [(2, 2, 2), (2, 2, 2), (2, 2, 1), (2, 2, 1)]),
+        ((4, 8, 16), (4, 4, 1), [(2, 2, 2), (2, 2, 2), (1, 2, 2), (1, 1, 2)]),
+        ((16, 16, 16), (1, 1, 9), [(2, 2, 2)] * 4),
+        ((1, 2, 8), (1, 1, 1), [(1, 1, 1), (1, 1, 2), (1, 1, 2), (1, 2, 2)]),
+    ],
+)
+def test_long_voxels_are_pooled_last(token_patch, spacing, expected):
+    """As nnU-Net: no step next to the voxels along an axis whose voxels are twice as long as others, if it can wait."""
+    assert decoder_strides(token_patch, spacing) == expected
+
+
+def test_strides_of_the_plans_make_the_decoder():
+    image, strides = torch.randn(1, 2, *PATCH), [[1, 1, 1], [1, 2, 2], [2, 2, 2], [2, 2, 2]]
+    assert small_network(strides=strides)(image).shape == small_network()(image).shape
+    kernels = [up.kernel_size for up in small_network(strides=strides).decoder["seg_layers"].ups]
+    assert kernels == [tuple(step) for step in strides]
+    with pytest.raises(ValueError, match=r"not 4 steps that make up the token patch \[4, 8, 8\]"):
+        small_network(strides=strides[1:])
+
+
 def test_decoder_refuses_other_token_patches():
     with pytest.raises(ValueError, match="1, 2, 4, 8 or 16"):
-        upsampling_steps((8, 12, 16))
+        decoder_strides((8, 12, 16))
 
 
 def test_every_parameter_of_the_segmentation_network_learns():
@@ -117,3 +142,14 @@ def test_everything_that_is_not_pretrained_is_skipped_by_stock_pretrained_weight
 
 def test_plans_can_name_the_network():
     assert pydoc.locate("nnunet_fratmae.networks.unetr.FratMAEUNETR") is FratMAEUNETR
+
+
+@pytest.mark.parametrize(
+    "inputs, modalities, given", [(2, (0, None), 1), (3, (0, 1), 2), (2, (0, 1), 3), (2, (0, 1), 1)]
+)
+def test_a_case_with_other_channels_than_in_training_is_refused(inputs, modalities, given):
+    """One channel alone may be the other one: nnU-Net reads whatever files there are."""
+    network = FratMAEUNETR(inputs, 2, PATCH, TOKEN, **SMALL, features=4, modalities=modalities)
+    network(torch.zeros(1, inputs, *PATCH))
+    with pytest.raises(SystemExit, match=f"images with {given} channels, the model was trained with {inputs}"):
+        network(torch.zeros(1, given, *PATCH))

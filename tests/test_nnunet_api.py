@@ -110,7 +110,8 @@ ATTRIBUTES = (
     "initial_lr", "weight_decay", "oversample_foreground_percent", "num_iterations_per_epoch",
     "num_val_iterations_per_epoch", "num_epochs", "current_epoch", "enable_deep_supervision", "label_manager",
     "network", "optimizer", "lr_scheduler", "grad_scaler", "loss", "logger", "_best_ema", "was_initialized",
-    "inference_allowed_mirroring_axes", "save_every", "disable_checkpointing", "dataloader_train", "dataloader_val",
+    "inference_allowed_mirroring_axes", "my_init_kwargs", "save_every", "disable_checkpointing", "dataloader_train",
+    "dataloader_val",
 )  # fmt: skip
 
 
@@ -143,6 +144,13 @@ def test_inner_workings_that_we_rely_on(method, passage, why):
     assert passage in source, f"{MET}: nnUNetTrainer.{method} has no `{passage}` any more; {why}"
 
 
+def test_the_planner_reads_what_we_set():
+    source = inspect.getsource(ExperimentPlanner)
+    for name in ("dataset", "dataset_json", "dataset_fingerprint", "lowres_creation_threshold"):
+        assert f"self.{name}" in source, f"{MET}: ExperimentPlanner has no {name} any more"
+    assert all(f"'{name}'" in source for name in ("spacings", "shapes_after_crop"))
+
+
 CALLS = [
     (get_network_from_plans, ("class", {}, [], 2, 2), {"deep_supervision": False}),
     (load_pretrained_weights, ("network", "file.pth"), {"verbose": True}),
@@ -150,9 +158,11 @@ CALLS = [
     (get_patch_size, ((8, 8, 8), (0, 1), (0, 1), (0, 1), (0.85, 1.25)), {}),
     (extract_fingerprint_dataset, (7,), {"num_processes": 1, "verbose": False}),
     (preprocess_dataset, (7, "plans", ("3d_fullres",)), {"num_processes": (1,)}),
-    (determine_reader_writer_from_dataset_json, ({}, "example.nii.gz"), {}),
+    (determine_reader_writer_from_dataset_json, ({}, "example.nii.gz"), {"verbose": False}),
     (DefaultPreprocessor, (), {"verbose": False}),
     (DefaultPreprocessor.run_case, ("self", [], None, "plans", "configuration", {}), {}),
+    (nnUNetDatasetBlosc2, ("folder",), {}),
+    (nnUNetDatasetBlosc2.load_case, ("self", "case"), {}),
     (nnUNetDatasetBlosc2.save_case, ("data", "seg", {}, "path"), {"chunks": (1,), "blocks": (1,)}),
     (generate_crossval_split, ([],), {"seed": 12345, "n_splits": 5}),
     (get_allowed_n_proc_DA, (), {}),

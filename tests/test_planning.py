@@ -1,14 +1,18 @@
 """The memory model against torch, sizes that fit a memory target, an artefact's plan, planning again."""
 
+import itertools
 import json
 import math
 from dataclasses import replace
 
+import numpy as np
 import pytest
+import SimpleITK as sitk
 import torch
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
+from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIOWithReorient
 
 from nnunet_fratmae.networks.staging import FratMAEJoint
 from nnunet_fratmae.networks.unetr import FratMAEUNETR
@@ -16,7 +20,7 @@ from nnUNet_raw_conversion.command import UserError
 from plans.extension import MIN_TOKENS, choose_sizes, extend_plans, training_memory
 from plans.memory import FIXED_GB, GB, step_memory, tally
 from plans.plan_and_preprocess import planned_settings
-from plans.planner import finish_plans
+from plans.planner import finish_plans, reoriented
 from plans.preprocessed import check_splits
 from plans.settings import PRESETS, Finetune, Settings, Staging
 from tests.test_plans import DATASET_JSON, stock_plans, write_artefact
@@ -129,6 +133,17 @@ def test_what_is_chosen_fits_and_no_more_would(median, preset, target, classes):
         assert batch == 2 and math.prod(p // t for p, t in zip(patch, chosen.token_patch, strict=True)) < 2 * MIN_TOKENS
     elif batch < 16:
         assert needed(patch, batch + 1) > target
+
+
+@pytest.mark.parametrize("order", list(itertools.permutations(range(3))))
+def test_spacings_are_those_of_the_axes_that_the_reader_gives(order, tmp_path):
+    image = sitk.GetImageFromArray(np.zeros((5, 4, 3), np.float32))  # z, y, x
+    image.SetSpacing((1.0, 2.0, 5.0))
+    stored = sitk.Flip(sitk.PermuteAxes(image, order), [True, False, True])
+    sitk.WriteImage(stored, str(tmp_path / "a.nii.gz"))
+    data, properties = SimpleITKIOWithReorient().read_images([str(tmp_path / "a.nii.gz")])
+    for lies, expected in ((stored.GetSpacing(), properties["spacing"]), (stored.GetSize(), data.shape[1:])):
+        assert reoriented(lies[::-1], str(tmp_path / "a.nii.gz")) == pytest.approx(list(expected))
 
 
 def test_a_network_that_cannot_fit_is_refused_in_one_line():

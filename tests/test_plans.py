@@ -68,6 +68,41 @@ def test_long_voxels_get_a_patch_of_the_papers_proportions_in_mm(spacing_zyx, tr
         assert abs(voxels * mm - share * unit) <= step / 2 * mm + 1e-6 and voxels % step == 0
 
 
+@pytest.mark.parametrize(
+    "spacing_zyx, token, median",
+    [
+        ((3.0, 2.0, 2.0), (8, 16, 16), None),  # what nnU-Net calls isotropic keeps the paper's
+        ((5.0, 0.98, 0.98), (16, 16, 4), None),  # 16 x 16 x 20 mm, where 8 x 16 x 16 would be 80 mm long
+        ((10.0, 2.0, 2.0), (16, 16, 4), (200, 200, 60)),
+        ((1.0, 4.0, 4.0), (4, 8, 16), None),
+        ((20.0, 5.0, 5.0), (4, 4, 2), (30, 40, 12)),  # few voxels: halved until there are enough tokens
+    ],
+)
+def test_long_voxels_get_short_tokens_and_the_decoder_as_many_strides(spacing_zyx, token, median):
+    h, w, d = median or (2000, 2000, 2000)
+    plans = stock_plans((d, h, w))
+    plans["configurations"]["3d_fullres"]["spacing"] = list(spacing_zyx)
+    planned = extend_plans(plans, DATASET_JSON, Settings(finetune=Finetune(gpu_memory_target=1000)))[0]
+    assert tuple(planned["fratmae"]["token_patch"]) == token
+    kwargs = planned["configurations"]["3d_fullres"]["architecture"]["arch_kwargs"]
+    assert math.prod(p // t for p, t in zip(kwargs["patch_size"], token, strict=True)) >= 128
+    assert tuple(np.prod(kwargs["strides"], 0)) == token
+
+
+@hypothesis_settings(deadline=None)
+@given(
+    st.tuples(st.integers(8, 700), st.integers(8, 700), st.integers(8, 900)),
+    st.tuples(st.floats(0.5, 20), st.floats(0.5, 20), st.floats(0.5, 20)),
+)
+def test_sizes_fit_together_whatever_the_spacing(median, spacing):
+    chosen = choose_sizes(Settings(finetune=Finetune(gpu_memory_target=1000)), median, spacing=spacing)
+    token, patch, whole = chosen.token_patch, chosen.finetune.patch, chosen.wholebody
+    assert all(t in (2, 4, 8, 16) for t in token)
+    for sizes in (patch, whole.patch):
+        assert all(p % t == 0 for p, t in zip(sizes, token, strict=True)) and sizes != token
+    assert whole.k * whole.patch[0] <= whole.grid[0]
+
+
 def test_the_argument_is_not_changed():
     plans = stock_plans()
     before = copy.deepcopy(plans)
@@ -176,7 +211,33 @@ def test_units_are_the_same_through_stock_plans_and_through_ours(hu, suv):
 def test_zscore_warns_and_goes_on():
     plans, warnings = extend_plans(stock_plans(scheme="ZScoreNormalization"), DATASET_JSON, Settings())
     assert len(warnings) == 2 and "absolute values are lost" in warnings[0]
+    swapped = {"channel_names": {"0": "PET", "1": "CT"}}
+    advice = extend_plans(stock_plans(scheme="ZScoreNormalization"), swapped, Settings())[1][0]
+    assert 'write "fratmae": {"modalities": ["PET", "CT"]} there' in advice, "or two CTs would be read as CT and PET"
     assert plans["configurations"]["3d_fullres"]["architecture"]["arch_kwargs"]["scale"] == [1.0, 1.0]
+
+
+def test_plans_of_channels_in_another_order_do_not_go_with_an_artefact():
+    """As nnUNetv2_move_plans_between_datasets leaves them: HU would be clipped to SUV 0 to 25."""
+    plans = stock_plans(transpose=(1, 2, 0))
+    plans["foreground_intensity_properties_per_channel"] = {
+        str(i): intensity_properties(name) for i, name in enumerate(("CT", "PET"))
+    }
+    pet_first = {"channel_names": {"0": "PET", "1": "CT"}}
+    for dataset_json, number in ((DATASET_JSON, 0), (pet_first, 2)):
+        warnings = extend_plans(plans, dataset_json, Settings())[1]
+        assert sum("normalised as the other modality" in warning for warning in warnings) == number
+    with pytest.raises(UserError, match=r"channel 1 \(CT\) is normalised as the other modality"):
+        extend_plans(plans, pet_first, Settings(pretrained="artefact"))
+
+
+def test_an_artefact_that_needs_more_memory_than_was_planned_for_warns():
+    planned, _ = extend_plans(stock_plans(), DATASET_JSON, Settings(preset="vit_nano"))
+    settings = follow_artefact(Settings.from_json(planned["fratmae"]), contract(
+        preset="vit_b", embed_dim=768, depth=12, num_heads=12, token_patch=(8, 16, 16)))  # fmt: skip
+    assert extend_plans(planned, DATASET_JSON, Settings.from_json(planned["fratmae"]))[1] == []
+    (warning,) = extend_plans(planned, DATASET_JSON, settings)[1]
+    assert "GB on one GPU, more than finetune.gpu_memory_target=8; " in warning and "-pretrained" in warning
 
 
 def test_plans_that_hide_much_from_the_encoders_warn():

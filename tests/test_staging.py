@@ -3,6 +3,7 @@
 import csv
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import blosc2
@@ -25,12 +26,14 @@ from nnunet_fratmae.stage_data import (
     list_studies,
 )
 from nnunet_fratmae.stage_metrics import stage_metrics
-from nnunet_fratmae.staging_trainer import FratMAEStagingTrainer
+from nnunet_fratmae.staging_trainer import FratMAEStagingTrainer, other_bodies
 from nnUNet_raw_conversion.command import UserError
 from plans.settings import Pretrain, Settings, Staging, WholeBody
 from plans.staging import NETWORK, read_cohort, read_labels, staging_plans
 from pretraining.data import Case
+from pretraining.pretrain import _left_out
 from tests.orientations import store_in_all_orientations
+from tests.test_plans import write_artefact
 
 PATCH, TOKEN = (8, 24, 32), (4, 8, 8)
 SMALL = {"patch_size": PATCH, "token_patch": TOKEN, "embed_dim": 24, "depth": 4, "num_heads": 2}
@@ -149,6 +152,28 @@ def test_without_any_segmentation_the_classes_are_spread_over_the_folds(preproce
     assert sorted(case for side in sides for case in side.validation) == sorted(f"c{i}" for i in range(12) if i != 9)
     for side in sides:
         assert set(side.validation.values()) == {0, 1} and not side.training.keys() & side.validation.keys()
+
+
+@pytest.mark.parametrize("grid, k, warned", [((40, 48, 64), 1, 0), ((40, 48, 64), 2, 1), ((40, 48, 72), 1, 1)])
+def test_whole_bodies_of_another_size_than_in_pretraining_are_pointed_out(grid, k, warned, tmp_path):
+    """The artefact saw every slice of a grid of 40 x 48 x 64."""
+    artefact = str(write_artefact(tmp_path / "artefact"))
+    settings = Settings(preset="vit_tiny", token_patch=(4, 8, 8), wholebody=WholeBody(grid, (16, 48, 64), k))
+    block = json.loads(json.dumps(replace(settings, pretrained=artefact).to_json()))
+    warnings = other_bodies({"fratmae": block})
+    assert len(warnings) == warned and all(f"plans have coronal slices of a grid of {grid}" in w for w in warnings)
+    block["finetune"]["from_scratch"] = True
+    assert other_bodies({"fratmae": block}) == []
+
+
+def test_pretraining_leaves_out_who_will_validate_the_staging(preprocessed):
+    """Without a segmentation nnU-Net has no folds, and the first command that needs them makes them."""
+    shutil.rmtree(preprocessed / "fullres")
+    left_out = _left_out(preprocessed, PLANS, 1)
+    assert left_out and left_out == read_cohort(preprocessed, PLANS, 1).validation.keys()
+    (preprocessed / "splits_final.json").unlink()
+    (preprocessed / "clinical.csv").unlink()
+    assert _left_out(preprocessed, PLANS, 1) == set(), "nothing to segment, nothing to classify: for pretraining only"
 
 
 @pytest.mark.parametrize("segmented", [True, False])
@@ -374,6 +399,7 @@ def test_stock_training_starts_from_the_artefact_and_says_how_good_it_is(trained
     assert "PET encoder: 53 tensors loaded, 0 missing, 0 left over" in output
     assert "are kept" in output and "Validation of 2 cases: accuracy" in output
     summary = json.loads((model / "fold_0" / "validation" / "summary.json").read_text())
+    assert summary["chosen_on_these_cases"] and not summary["trained_on_these_cases"]
     assert summary["target"] == "tracer" and summary["cases"] == len(summary["metric_per_case"]) == 2
     assert {"accuracy", "macro_sensitivity", "auc", "ece", "brier"} <= summary["mean"].keys()
     names = {path.name for path in (model / "fold_0").iterdir()}

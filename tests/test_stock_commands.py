@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import blosc2
 import pytest
 
 from tests.conftest import Workspace
@@ -95,6 +96,12 @@ def test_plans_move_to_another_dataset(phantoms, pretraining):
     output = phantoms.run(OURS.replace(" 7 ", " 8 ").replace(" 0 ", " all ").replace("FratMAEPlans", "MovedPlans"),
                           FRATMAE_PRETRAINED=str(pretraining))  # fmt: skip
     assert "53 tensors loaded" in output and "Mean Validation Dice" in output
+    said = phantoms.run("fratmae_plan_and_preprocess -d 8 -plans_name MovedPlans -np 1")
+    assert "MovedPlans.json" in said and "nnUNetv2_train 8 3d_fullres 0 -tr FratMAETrainer -p MovedPlans" in said
+    assert json.loads((phantoms.preprocessed / "Dataset008_Phantom/MovedPlans.json").read_text()) == moved
+    store = phantoms.preprocessed / "Dataset008_Phantom" / "MovedPlans_wholebody"
+    volumes = [blosc2.open(str(path)).shape for path in store.glob("*.b2nd") if not path.stem.endswith("_seg")]
+    assert volumes == [(2, *moved["fratmae"]["wholebody"]["grid"])] * 2
 
 
 def test_mirroring_at_test_time_is_left_right_only(trained_on_stock_plans, phantoms):

@@ -188,6 +188,35 @@ def test_a_training_goes_on_with_what_the_plans_say_today(make_trainer, tmp_path
     assert "WARNING: fratmae.finetune.weight_decay stays 0.2" in said
 
 
+def test_edits_outlive_a_second_stop_and_an_artefact_that_is_gone(make_trainer, tmp_path, capsys, monkeypatch):
+    """Begun with 3 epochs, edited to 7, stopped, and gone on with where the artefact is not to be had: 7 epochs."""
+    begun = make_trainer(epochs=3)
+    checkpoint = tmp_path / "checkpoint.pth"
+    begun.save_checkpoint(str(checkpoint))
+    edited = json.loads(json.dumps(begun.plans_manager.plans))
+    edited["fratmae"]["finetune"]["epochs"] = 7
+
+    def go_on(plans) -> FratMAETrainer:
+        folder = tmp_path / "results" / "Dataset007_T" / "FratMAETrainer__nnUNetPlans__3d_fullres" / "fold_0"
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "checkpoint_latest.pth").touch()
+        trainer = FratMAETrainer(json.loads(json.dumps(plans)), "3d_fullres", 0, begun.dataset_json,
+                                 torch.device("cpu"))  # fmt: skip
+        trainer.load_checkpoint(str(checkpoint))
+        return trainer
+
+    go_on(edited).save_checkpoint(str(checkpoint))
+    saved = torch.load(checkpoint, weights_only=False)["init_args"]["plans"]
+    assert saved["fratmae"]["finetune"]["epochs"] == 7
+    capsys.readouterr()
+    monkeypatch.setenv("FRATMAE_PRETRAINED", "/nowhere")
+    edited["fratmae"]["finetune"]["epochs"] = 9
+    trainer = go_on(edited)
+    said = capsys.readouterr().out
+    assert trainer.num_epochs == 9 and "epochs is 9 from now on, it was 7" in said
+    assert "WARNING: a new training would not start here: " in said and "/nowhere" in said
+
+
 def test_frozen_encoders_that_nobody_trained_are_pointed_out(make_trainer, capsys):
     make_trainer(freeze=True)
     assert "WARNING: fratmae.finetune.freeze keeps encoders as they are that nobody trained" in capsys.readouterr().out

@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
 
 from nnUNet_raw_conversion.command import UserError
 from plans.units import PRETRAINING_UNITS
-from plans.wholebody import check_units, list_studies, resize_to_grid
+from plans.wholebody import check_preprocessed, check_units, list_studies, resize_to_grid
 from pretraining.data import list_cases
 
 
@@ -67,14 +68,28 @@ def test_missing_files_are_named(tmp_path):
 
 
 def test_studies_that_cannot_be_hu_and_suv_are_refused():
-    data = np.zeros((2, 4, 5, 6), np.float32)
-    check_units("a", data)
-    data[1, :2] = (25 - PRETRAINING_UNITS["PET"].mean) / PRETRAINING_UNITS["PET"].std
-    with pytest.raises(UserError, match="case a: 50% of the PET"):
-        check_units("a", data)
-    data[0, 0, 0, 0] = np.nan
-    with pytest.raises(UserError, match="case a: CT or PET has NaN"):
-        check_units("a", data)
+    ct, pet = np.zeros((2, 4, 5, 6), np.float32)
+    check_units("a", {"CT": ct, "PET": pet})
+    pet[:2] = (25 - PRETRAINING_UNITS["PET"].mean) / PRETRAINING_UNITS["PET"].std
+    for volumes in ({"CT": ct, "PET": pet}, {"PET": pet}):
+        with pytest.raises(UserError, match="case a: 50% of the PET"):
+            check_units("a", volumes)
+    check_units("a", {"CT": pet})
+    ct[0, 0, 0] = np.nan
+    for volumes in ({"CT": ct, "PET": pet}, {"CT": ct}):
+        with pytest.raises(UserError, match="case a: the CT has NaN"):
+            check_units("a", volumes)
+
+
+def test_datasets_of_one_modality_are_checked_as_they_were_preprocessed(tmp_path):
+    highest = (25 - PRETRAINING_UNITS["PET"].mean) / PRETRAINING_UNITS["PET"].std
+    for case, value in (("a", 1.0), ("b", highest)):
+        data = np.full((1, 4, 5, 6), value, np.float32)
+        nnUNetDatasetBlosc2.save_case(data, np.zeros((1, 4, 5, 6), np.int8), {}, str(tmp_path / case),
+                                      chunks=data.shape, blocks=data.shape)  # fmt: skip
+    with pytest.raises(UserError, match="case b: 100% of the PET is above SUV 25"):
+        check_preprocessed(tmp_path, {"channel_names": {"0": "PET"}})
+    check_preprocessed(tmp_path, {"channel_names": {"0": "CT"}})
 
 
 def test_padding_is_air_without_uptake():

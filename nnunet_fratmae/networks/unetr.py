@@ -15,24 +15,10 @@ from dynamic_network_architectures.building_blocks.residual import BasicBlockD
 from torch import Tensor, nn
 
 from nnunet_fratmae.networks.vit import dual_encoders
+from plans.strides import LEVELS, decoder_strides
 from plans.units import MODALITIES
 
-LEVELS = 4  # UNETR taps the encoder four times; the decoder has as many upsampling steps
 LESION_PRIOR = 0.01  # probability with which a new network takes a voxel for lesion
-
-
-def upsampling_steps(token_patch: Sequence[int]) -> list[tuple[int, ...]]:
-    """Strides along (H, W, D) of the decoder's four steps from the token grid to the voxels, deepest first.
-
-    Their product is the token patch. An axis that needs fewer than four factors of two gets them in the last steps,
-    so that a flat token patch such as 8x16x16 becomes isotropic in the first.
-
-    Raises:
-        ValueError: a side of the token patch is not 1, 2, 4, 8 or 16.
-    """
-    if any(t not in (1, 2, 4, 8, 16) for t in token_patch):
-        raise ValueError(f"token patch {tuple(token_patch)}: each side must be 1, 2, 4, 8 or 16")
-    return [tuple(2 if t >= 2 ** (LEVELS - step) else 1 for t in token_patch) for step in range(LEVELS)]
 
 
 def conv_block(channels_in: int, channels_out: int) -> nn.Module:
@@ -52,10 +38,10 @@ class UNETRDecoder(nn.Module):
     """From the image (B, C, H, W, D) and four token maps (B, channels, h, w, d) to logits (B, classes, H, W, D)."""
 
     def __init__(
-        self, image_channels: int, map_channels: int, token_patch: Sequence[int], features: int, num_classes: int
+        self, image_channels: int, map_channels: int, steps: Sequence[Sequence[int]], features: int, num_classes: int
     ) -> None:
+        """`steps`: strides of the upsampling, deepest first."""
         super().__init__()
-        steps = upsampling_steps(token_patch)
         widths = [features * 2**level for level in reversed(range(LEVELS))]  # 8f, 4f, 2f, f from deep to shallow
         self.image_skip = conv_block(image_channels, features)
         # The map of an early layer meets the decoder at a shallow level, so it takes more steps up (UNETR figure 1).
@@ -125,6 +111,8 @@ class FratMAEUNETR(nn.Module):
         axes: the plans' axis that is H, the one that is W, the one that is D.
         scale, shift: pretraining units = scale * plans' value + shift, for CT and for PET, used or not (DESIGN
             contract 3).
+        strides: of the decoder's steps from the tokens to the voxels, deepest first (plans/strides.py); None: those
+            of isotropic voxels.
         clip: lowest and highest value of CT and of PET in pretraining units, None for one that the plans clip already.
         deep_supervision: nnU-Net passes it; UNETR has one output, so it must be off.
     """
@@ -144,6 +132,7 @@ class FratMAEUNETR(nn.Module):
         scale: Sequence[float] = (1.0, 1.0),
         shift: Sequence[float] = (0.0, 0.0),
         clip: Sequence[Sequence[float] | None] = (None, None),
+        strides: Sequence[Sequence[int]] | None = None,
         deep_supervision: bool = False,
     ) -> None:
         super().__init__()
@@ -166,11 +155,14 @@ class FratMAEUNETR(nn.Module):
         self.encoders = dual_encoders(patch_size, token_patch, embed_dim, depth, num_heads, names)
         # Stock `nnUNetv2_train -pretrained_weights` skips keys with ".seg_layers." and wants all others in the file.
         # All that is not pretrained lives under that name, so an export with the encoders alone is enough for it.
-        decoder = UNETRDecoder(len(used), len(used) * embed_dim, token_patch, features, num_classes)
+        steps = [tuple(step) for step in strides or decoder_strides(token_patch)]
+        if len(steps) != LEVELS or [math.prod(sides) for sides in zip(*steps, strict=True)] != list(token_patch):
+            raise ValueError(f"strides {steps} are not {LEVELS} steps that make up the token patch {list(token_patch)}")
+        decoder = UNETRDecoder(len(used), len(used) * embed_dim, steps, features, num_classes)
         self.decoder = nn.ModuleDict({"seg_layers": decoder})
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.shape[1] <= max(self.channels):
+        if x.shape[1] != self.input_channels:
             # SystemExit: nnUNetv2_predict reads whatever files there are, and this is our first place to see them
             raise SystemExit(f"FratMAE: error: images with {x.shape[1]} channels, the model was trained with "
                              f"{self.input_channels}; give every case all its files (_0000, _0001), or fill in the "
