@@ -90,7 +90,7 @@ def find_reader(dataset_json: dict[str, Any], example: str) -> type:
         dataset_json["file_ending"] in SimpleITKIOWithReorient.supported_file_endings
     ):
         return SimpleITKIOWithReorient
-    return determine_reader_writer_from_dataset_json(dataset_json, example)
+    return determine_reader_writer_from_dataset_json(dataset_json, example, verbose=False)
 
 
 def normalization_schemes(dataset_json: dict[str, Any]) -> list[str]:
