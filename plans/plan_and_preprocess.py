@@ -24,6 +24,9 @@ from plans.extension import (
 from plans.preprocessed import PLANS_NAME, check_splits, read_json
 from plans.settings import Settings, add_arguments, override
 
+Studies = dict[str, tuple[list[str], str | None]]
+"""Images and label file (None: there is none) by case id, as `plans.wholebody.list_studies` gives them."""
+
 
 def main() -> None:
     """Entry point of the command."""
@@ -53,7 +56,7 @@ def _run(args: argparse.Namespace) -> None:
     preprocessed = nnunet_folder("nnUNet_preprocessed")
     for raw in [find_dataset("nnUNet_raw", dataset_id) for dataset_id in args.d]:
         if args.plans_name:
-            preprocess(raw, _plans_that_are_there(preprocessed / raw.name, args.plans_name), args.np)
+            preprocess(raw, _plans_that_are_there(preprocessed / raw.name, args.plans_name), *_open(raw), args.np)
             continue
         settings = planned_settings(preprocessed / raw.name / f"{PLANS_NAME}.json", said, args.pretrained)
         plan_and_preprocess(raw, settings, args.np)
@@ -133,8 +136,9 @@ def plan_and_preprocess(raw: Path, settings: Settings, processes: int) -> None:
 
     from plans.planner import FratMAEPlanner, plan_unlabelled
 
-    dataset_json, studies, labelled = _open(raw)
+    dataset_json, studies = _open(raw)
     find_channels(dataset_json, settings.modalities)
+    labelled = count_labelled(studies)
     print(f"{raw.name}: {labelled} labelled and {len(studies) - labelled} unlabelled studies")
     if labelled:
         with _quiet():
@@ -144,11 +148,11 @@ def plan_and_preprocess(raw: Path, settings: Settings, processes: int) -> None:
     else:
         find_modalities(dataset_json)  # without labels there is only pretraining, which needs both
         plans = plan_unlabelled(raw.name, studies, dataset_json, settings)
-    preprocess(raw, plans, processes)
+    preprocess(raw, plans, dataset_json, studies, processes)
 
 
-def _open(raw: Path) -> tuple[dict[str, Any], dict[str, tuple[list[str], str | None]], int]:
-    """dataset.json, the studies and how many of them are labelled."""
+def _open(raw: Path) -> tuple[dict[str, Any], Studies]:
+    """dataset.json and the studies of a raw dataset folder."""
     from plans.wholebody import list_studies
 
     if not (raw / "dataset.json").is_file():
@@ -159,10 +163,17 @@ def _open(raw: Path) -> tuple[dict[str, Any], dict[str, tuple[list[str], str | N
     studies = list_studies(raw, dataset_json)
     if not studies:
         raise UserError(f"{raw}: no studies in imagesTr or imagesPt; convert the studies first (fratmae_convert_pairs)")
-    return dataset_json, studies, sum(labels is not None for _, labels in studies.values())
+    return dataset_json, studies
 
 
-def preprocess(raw: Path, plans: dict[str, Any], processes: int) -> None:
+def count_labelled(studies: Studies) -> int:
+    """How many studies have a segmentation."""
+    return sum(labels is not None for _, labels in studies.values())
+
+
+def preprocess(
+    raw: Path, plans: dict[str, Any], dataset_json: dict[str, Any], studies: Studies, processes: int
+) -> None:
     """3d_fullres by nnU-Net and the whole-body store of one raw dataset folder, by its plans.
 
     Raises:
@@ -172,7 +183,7 @@ def preprocess(raw: Path, plans: dict[str, Any], processes: int) -> None:
 
     from plans.wholebody import check_preprocessed, write_store
 
-    dataset_json, studies, labelled = _open(raw)
+    labelled = count_labelled(studies)
     preprocessed, dataset_id = nnunet_folder("nnUNet_preprocessed") / raw.name, int(raw.name[7:10])
     processes, configurations = max(1, min(processes, len(studies))), plans["configurations"]
     for name in ("dataset.json", "clinical.csv", "splits_final.json"):  # as nnU-Net's planner, of labelled datasets

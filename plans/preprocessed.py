@@ -51,6 +51,11 @@ def check_splits(raw: Path) -> None:
                             "first; remove it to take over the second, and train them anew")  # fmt: skip
 
 
+def stored_cases(folder: Path) -> set[str]:
+    """Case ids of a folder that nnU-Net preprocessed."""
+    return {f.stem for f in folder.glob("*.b2nd") if not f.stem.endswith("_seg")}
+
+
 def validation_cases(preprocessed: Path, plans: dict[str, Any], fold: int) -> set[str]:
     """Case ids that nnU-Net validates on in `fold`, none where nothing is labelled.
 
@@ -64,7 +69,7 @@ def validation_cases(preprocessed: Path, plans: dict[str, Any], fold: int) -> se
         from nnunetv2.utilities.crossval_split import generate_crossval_split
 
         folder = preprocessed / plans["configurations"]["3d_fullres"]["data_identifier"]
-        cases = sorted(f.stem for f in folder.glob("*.b2nd") if not f.stem.endswith("_seg"))
+        cases = sorted(stored_cases(folder))
         if not cases:
             return set()
         if len(cases) < 5:

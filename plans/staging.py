@@ -13,7 +13,7 @@ from nnUNet_raw_conversion.clinical import COLUMNS, UNKNOWN, read_clinical, read
 from nnUNet_raw_conversion.command import UserError, renamed
 from nnUNet_raw_conversion.splits import make_splits
 from plans.extension import JOINT_NETWORK, hwd_axes
-from plans.preprocessed import PLANS_NAME, read_json, validation_cases
+from plans.preprocessed import PLANS_NAME, read_json, stored_cases, validation_cases
 from plans.settings import Settings
 
 NETWORK = "nnunet_fratmae.networks.staging.FratMAEStaging"
@@ -99,18 +99,18 @@ def read_cohort(preprocessed: Path, plans: dict[str, Any], fold: int | str) -> C
         UserError: what `read_labels` and `validation_cases` raise, no store, or a side of the fold without labels.
     """
     target, configurations = Settings.from_json(plans["fratmae"]).staging.target, plans["configurations"]
-    stored = _cases(preprocessed / configurations[STAGING_CONFIGURATION]["data_identifier"])
+    stored = stored_cases(preprocessed / configurations[STAGING_CONFIGURATION]["data_identifier"])
     if not stored:
         name = "" if plans["plans_name"] == PLANS_NAME else f" -plans_name {plans['plans_name']}"
         raise UserError(f"{preprocessed}: no whole-body studies there; run fratmae_plan_and_preprocess -d "
                         f"{int(preprocessed.name[7:10])}{name}")  # fmt: skip
     classes, labels = read_labels(preprocessed / "clinical.csv", target, stored)
-    segmented = _cases(preprocessed / configurations["3d_fullres"]["data_identifier"])
-    split_unsegmented(preprocessed, plans)
+    segmented = stored_cases(preprocessed / configurations["3d_fullres"]["data_identifier"])
     patients, notes = read_patients(preprocessed / "clinical.csv", stored), []
     if fold == "all":
         training = validation = set(stored)
     else:
+        split_unsegmented(preprocessed, plans)
         validation = validation_cases(preprocessed, plans, fold)
         splits = read_json(preprocessed / "splits_final.json")
         in_a_fold = {case for split in splits for side in split.values() for case in side}
@@ -139,11 +139,6 @@ def read_cohort(preprocessed: Path, plans: dict[str, Any], fold: int | str) -> C
     return Cohort(classes, *sides, notes)
 
 
-def _cases(folder: Path) -> set[str]:
-    """Case ids of a folder that nnU-Net preprocessed."""
-    return {f.stem for f in folder.glob("*.b2nd") if not f.stem.endswith("_seg")}
-
-
 def split_unsegmented(preprocessed: Path, plans: dict[str, Any]) -> None:
     """Make the splits_final.json of a dataset without segmentations, for which nnU-Net makes none.
 
@@ -155,9 +150,9 @@ def split_unsegmented(preprocessed: Path, plans: dict[str, Any]) -> None:
     configurations, table = plans["configurations"], preprocessed / "clinical.csv"
     if (preprocessed / "splits_final.json").is_file() or STAGING_CONFIGURATION not in configurations:
         return
-    if _cases(preprocessed / configurations["3d_fullres"]["data_identifier"]):
+    if stored_cases(preprocessed / configurations["3d_fullres"]["data_identifier"]):
         return
-    stored = _cases(preprocessed / configurations[STAGING_CONFIGURATION]["data_identifier"])
+    stored = stored_cases(preprocessed / configurations[STAGING_CONFIGURATION]["data_identifier"])
     _, labels = read_labels(table, Settings.from_json(plans["fratmae"]).staging.target, stored)
     patients = read_patients(table, stored)
     folds = make_splits({case: patients[case] for case in labels}, labels)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from plans.settings import TOKEN_SIDES
+
 LEVELS = 4
 """Steps of the decoder, and encoder layers that it looks at."""
 POOLED_TOGETHER = 2  # nnU-Net pools the axes whose voxels are shorter than so many of the shortest
@@ -25,7 +27,7 @@ def decoder_strides(
     Raises:
         ValueError: a side of the token patch is not 1, 2, 4, 8 or 16.
     """
-    if any(t not in (1, 2, 4, 8, 16) for t in token_patch):
+    if any(t not in TOKEN_SIDES for t in token_patch):
         raise ValueError(f"token patch {tuple(token_patch)}: each side must be 1, 2, 4, 8 or 16")
     left, size, steps = [t.bit_length() - 1 for t in token_patch], list(spacing), []
     for to_come in range(LEVELS, 0, -1):
