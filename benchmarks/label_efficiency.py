@@ -24,9 +24,9 @@ import numpy as np
 import SimpleITK as sitk
 from _steps import Comparison, Row, Step, add_options, mean_spread
 
+from nnunet_fratmae.base.command import UserError
 from nnunet_fratmae.discovery import TRAINERS
 from nnunet_fratmae.evaluation import THRESHOLD, dice, threshold_mask
-from nnUNet_raw_conversion.command import UserError
 
 DATASET_ID = 906
 SHARES, REPETITIONS = (0.2, 1.0), 3

@@ -19,8 +19,8 @@ from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 
+from nnunet_fratmae.base.command import UserError
 from nnunet_fratmae.demo import run_logged
-from nnUNet_raw_conversion.command import UserError
 
 DATASET_ID = 905
 # A quarter of the paper's grid and patch, for CPUs

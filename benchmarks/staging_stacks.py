@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 from _steps import Comparison, Row, Step, add_options, mean_spread
 
-from nnUNet_raw_conversion.command import UserError
+from nnunet_fratmae.base.command import UserError
 from nnUNet_raw_conversion.splits import make_splits
 from plans.staging import RISK_OF_STAGE
 

@@ -21,8 +21,8 @@ from pathlib import Path
 
 import SimpleITK as sitk
 
+from nnunet_fratmae.base.command import UserError, run_command
 from nnUNet_raw_conversion.clinical import ClinicalRecord, clinical_record, name_patients, read_table
-from nnUNet_raw_conversion.command import UserError, run_command
 from nnUNet_raw_conversion.conversion import Loaded, Study, convert_studies
 from nnUNet_raw_conversion.geometry import read_image
 from nnUNet_raw_conversion.raw_dataset import RawDataset

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import astuple, dataclass, fields, replace
 from pathlib import Path
 
-from nnUNet_raw_conversion.command import UserError
+from nnunet_fratmae.base.command import UserError
 
 # A tracer is compared by its letters and digits alone: "[18F]F-PSMA-1007" is "18ffpsma1007" here.
 _F18 = "(?:18f|f18|18fluorine?|fluorine?18|18fluor|fluor18)f?"

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import io
 import json
 import re
 import shutil
@@ -21,20 +19,21 @@ import numpy as np
 import SimpleITK as sitk
 from tqdm import tqdm
 
+from nnunet_fratmae.base.command import UserError, dataset_number
+from nnunet_fratmae.base.files import WriteError, writing_to
+from nnunet_fratmae.base.pool import KILLED, map_cases
+from nnunet_fratmae.base.tables import csv_text
 from nnUNet_raw_conversion.checks import checked_case
 from nnUNet_raw_conversion.clinical import ClinicalRecord, write_clinical
-from nnUNet_raw_conversion.command import KILLED, UserError, map_cases
 from nnUNet_raw_conversion.geometry import parse_grid
 from nnUNet_raw_conversion.pictures import draw_case, index_page
 from nnUNet_raw_conversion.raw_dataset import (
     PARTS,
     RawDataset,
-    WriteError,
     new_file,
     remove_case,
     write_case,
     write_text,
-    writing_to,
 )
 
 # Those two ends nnU-Net takes for parts of other files' names
@@ -301,20 +300,12 @@ def _write_tables(folder: Path, studies: Sequence[Study], rows: list[dict], titl
         {**row, "used": "; ".join(f"{k}: {v}" for k, v in row["used"].items()), "notes": "; ".join(row["notes"])}
         for row in rows
     ]
-    write_text(folder, REPORT, _csv(COLUMNS, report))
+    write_text(folder, REPORT, csv_text(COLUMNS, report))
     rois = [{"case_id": row["case_id"], **roi} for row in rows for roi in row["rois"]]
     (folder / ROIS).unlink(missing_ok=True)
     if rois:
-        write_text(folder, ROIS, _csv(list(dict.fromkeys(key for roi in rois for key in roi)), rois))
+        write_text(folder, ROIS, csv_text(list(dict.fromkeys(key for roi in rois for key in roi)), rois))
     write_text(folder, "conversion/index.html", index_page(title, rows))
-
-
-def _csv(columns: Sequence[str], rows: list[dict]) -> str:
-    text = io.StringIO()
-    writer = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()
 
 
 def _print_summary(folder: Path, rows: list[dict], failed: list[str]) -> None:
@@ -336,7 +327,7 @@ def _print_summary(folder: Path, rows: list[dict], failed: list[str]) -> None:
     if failed:
         print(f"{len(failed)} of {len(rows)} cases failed ({_shown(failed)}); the reasons are in {folder / REPORT}; "
               "mend them and say the same again: only these are converted", file=sys.stderr)  # fmt: skip
-    print(f"Next: fratmae_plan_and_preprocess -d {int(folder.name[7:10])}")
+    print(f"Next: fratmae_plan_and_preprocess -d {dataset_number(folder.name)}")
 
 
 def _shown(cases: list[str]) -> str:

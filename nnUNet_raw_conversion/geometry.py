@@ -10,7 +10,7 @@ import numpy as np
 import SimpleITK as sitk
 from scipy import ndimage
 
-from nnUNet_raw_conversion.command import UserError
+from nnunet_fratmae.base.command import UserError
 
 # Headers are rounded to single precision and moved through quaternions; an offset of 1% of a PET voxel is none.
 GRID_TOLERANCE_MM = 0.05

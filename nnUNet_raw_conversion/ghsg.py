@@ -15,8 +15,8 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
+from nnunet_fratmae.base.command import UserError, run_command
 from nnUNet_raw_conversion.clinical import ClinicalRecord, name_patients
-from nnUNet_raw_conversion.command import UserError, run_command
 from nnUNet_raw_conversion.conversion import Loaded, Study, convert_studies
 from nnUNet_raw_conversion.dicom.choose import choose_ct, choose_lesions, usable_cts
 from nnUNet_raw_conversion.dicom.index import Series, read_header

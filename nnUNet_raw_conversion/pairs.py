@@ -7,8 +7,8 @@ import sys
 from functools import partial
 from pathlib import Path
 
+from nnunet_fratmae.base.command import UserError, run_command
 from nnUNet_raw_conversion.clinical import ClinicalRecord, read_clinical
-from nnUNet_raw_conversion.command import UserError, run_command
 from nnUNet_raw_conversion.conversion import CASE_NAME, Loaded, Study, convert_studies
 from nnUNet_raw_conversion.geometry import read_image
 from nnUNet_raw_conversion.raw_dataset import RawDataset

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pydicom
 
+from nnunet_fratmae.base.command import UserError
 from nnUNet_raw_conversion.clinical import COLUMNS, OPTIONAL, TRACERS, ClinicalRecord, clinical_record, read_table
-from nnUNet_raw_conversion.command import UserError
 from nnUNet_raw_conversion.pseudonyms import Key, same_number, scrubber
 from nnUNet_raw_conversion.trial import Visit, trial_in
 

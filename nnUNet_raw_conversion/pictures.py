@@ -15,7 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from nnUNet_raw_conversion.command import renamed
+from nnunet_fratmae.base.files import renamed
 
 LESION = (0.9, 0.1, 0.1)
 SUV_WINDOW, HU_WINDOW = (0.0, 7.0), (-200.0, 300.0)  # SUV as nuclear physicians read it; soft tissue

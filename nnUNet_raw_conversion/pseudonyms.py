@@ -17,8 +17,8 @@ from pathlib import Path
 
 from pydicom import Dataset
 
+from nnunet_fratmae.base.command import UserError
 from nnUNet_raw_conversion.clinical import read_table
-from nnUNet_raw_conversion.command import UserError
 
 HIDDEN = "…"
 # Words that folders, and now and then a patient's name, are made of, and that tell nobody who a patient is.

@@ -14,7 +14,8 @@ import nibabel
 import numpy as np
 import SimpleITK as sitk
 
-from nnUNet_raw_conversion.command import UserError, nnunet_folder
+from nnunet_fratmae.base.command import UserError, nnunet_folder
+from nnunet_fratmae.base.files import writing_to
 from nnUNet_raw_conversion.geometry import canonical, grid_distance
 
 FILE_ENDING = ".nii.gz"
@@ -23,11 +24,6 @@ PARTS = ("Tr", "Ts", "Pt")
 """ Labelled training cases, test cases (with or without labels), images for pretraining only (without)."""
 OPTIONS = "conversion_options.json"
 LARGEST_ERROR_MM = 0.01  # of the place of a voxel, by the single precision of NIfTI's headers
-
-
-class WriteError(UserError):
-    """The target cannot be written to (disk full, read-only): no fault of the case, and no other case would fare
-    better."""
 
 
 class RawDataset:
@@ -166,16 +162,6 @@ def remove_case(folder: Path, case_id: str) -> None:
         names = [f"images{part}/{case_id}_{channel:04d}" for channel in (0, 1)] + [f"labels{part}/{case_id}"]
         for name in names:
             (folder / f"{name}{FILE_ENDING}").unlink(missing_ok=True)
-
-
-@contextmanager
-def writing_to(folder: Path) -> Iterator[None]:
-    """Any OSError within is a WriteError that names `folder`."""
-    try:
-        yield
-    except OSError as error:
-        raise WriteError(f"{folder} cannot be written to ({error.strerror or error}); make room there or permit it, "
-                         "then say the same again") from None  # fmt: skip
 
 
 @contextmanager

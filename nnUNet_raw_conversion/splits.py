@@ -8,8 +8,9 @@ from collections import defaultdict
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
-from nnUNet_raw_conversion.command import UserError
-from nnUNet_raw_conversion.raw_dataset import write_text, writing_to
+from nnunet_fratmae.base.command import UserError
+from nnunet_fratmae.base.files import writing_to
+from nnUNet_raw_conversion.raw_dataset import write_text
 
 Splits = list[dict[str, list[str]]]
 SPLITS_FILE = "splits_final.json"

@@ -13,8 +13,8 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from nnunet_fratmae.base.command import UserError
 from nnUNet_raw_conversion.clinical import YEARS
-from nnUNet_raw_conversion.command import UserError
 from nnUNet_raw_conversion.dicom.choose import choose_pet
 from nnUNet_raw_conversion.dicom.fields import parse_date
 from nnUNet_raw_conversion.dicom.index import Series, scan

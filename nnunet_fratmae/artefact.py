@@ -10,8 +10,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import nn
 
+from nnunet_fratmae.base.command import UserError
+from nnunet_fratmae.base.files import renamed
 from nnunet_fratmae.networks.vit import dual_encoders
-from nnUNet_raw_conversion.command import UserError, renamed
 from plans.contract import CONTRACT_NAME, WEIGHTS_NAME, Contract, expected_shapes, locate_artefact, read_contract
 
 NNUNET_NAME = "encoders_nnunet.pth"

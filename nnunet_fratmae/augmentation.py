@@ -23,7 +23,7 @@ from batchgeneratorsv2.transforms.utils.compose import ComposeTransforms
 from batchgeneratorsv2.transforms.utils.random import RandomTransform
 from torch import Tensor
 
-from nnUNet_raw_conversion.command import UserError
+from nnunet_fratmae.base.command import UserError
 from plans.extension import absent_values
 from plans.settings import Finetune
 from plans.units import PRETRAINING_UNITS, shift_above_air

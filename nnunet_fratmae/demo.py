@@ -12,7 +12,7 @@ import sys
 import time
 from pathlib import Path
 
-from nnUNet_raw_conversion.command import UserError
+from nnunet_fratmae.base.command import UserError
 
 TRAIN_ID, TEST_ID = 901, 902
 # So small that two CPU cores need a few minutes; a real training leaves all this to the planner.

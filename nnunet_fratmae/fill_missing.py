@@ -16,7 +16,8 @@ from typing import Any
 
 import SimpleITK as sitk
 
-from nnUNet_raw_conversion.command import UserError, renamed, run_command
+from nnunet_fratmae.base.command import UserError, run_command
+from nnunet_fratmae.base.files import renamed
 from plans.extension import channel_modalities, find_channels
 from plans.settings import Settings
 from plans.staging import NETWORK as STAGING_NETWORK

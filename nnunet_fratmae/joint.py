@@ -17,10 +17,10 @@ from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from nnunet_fratmae.base.command import UserError, nnunet_folder
 from nnunet_fratmae.networks.staging import FratMAEJoint
 from nnunet_fratmae.stage_data import StagingStudies, class_loss, classify_all, in_order, list_studies
 from nnunet_fratmae.stage_metrics import save_summary, stage_metrics
-from nnUNet_raw_conversion.command import UserError, nnunet_folder
 from plans.settings import Settings
 from plans.staging import STAGING_CONFIGURATION, cohort_of_model, joint_plans, read_cohort
 from pretraining.data import Batches, Key

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from nnUNet_raw_conversion.command import UserError, check_device, renamed, run_command
+from nnunet_fratmae.base.command import UserError, check_device, run_command
+from nnunet_fratmae.base.files import renamed
 from plans.extension import JOINT_NETWORK, channel_modalities, find_modalities
 from plans.settings import STACKS, Settings
 from plans.staging import NETWORK, STAGING_CONFIGURATION, staging_plans

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from sklearn.metrics import confusion_matrix, roc_auc_score
 
-from nnUNet_raw_conversion.command import renamed
+from nnunet_fratmae.base.files import renamed
 from plans.staging import Cohort
 
 ECE_BINS = 10

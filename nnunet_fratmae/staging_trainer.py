@@ -20,12 +20,12 @@ from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
 
+from nnunet_fratmae.base.command import UserError, nnunet_folder
 from nnunet_fratmae.nnunet_api import curves
 from nnunet_fratmae.optimization import CosineSchedule, parameter_groups
 from nnunet_fratmae.stage_data import StagingStudies, class_loss, classify_all, in_order, list_studies
 from nnunet_fratmae.stage_metrics import FIGURES, save_summary, stage_metrics
 from nnunet_fratmae.trainer import FratMAETrainer, prepare_plans
-from nnUNet_raw_conversion.command import UserError, nnunet_folder
 from nnUNet_raw_conversion.pictures import save_figure
 from plans.contract import read_contract
 from plans.extension import find_modalities

@@ -27,11 +27,11 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from nnunet_fratmae.artefact import check_artefact, load_encoders
 from nnunet_fratmae.augmentation import misalign, physical_augmentation
+from nnunet_fratmae.base.command import UserError
 from nnunet_fratmae.joint import TRAIN_CURVE, VALIDATION_CURVES, StageBranch, add_branch
 from nnunet_fratmae.networks.unetr import FratMAEUNETR
 from nnunet_fratmae.nnunet_api import check_overrides, curves, take_resume
 from nnunet_fratmae.optimization import CosineSchedule, parameter_groups
-from nnUNet_raw_conversion.command import UserError
 from plans.extension import extend_plans, follow_artefact
 from plans.settings import Settings
 from plans.units import MODALITIES

@@ -16,7 +16,7 @@ from typing import Any
 
 from nnunetv2.configuration import ANISO_THRESHOLD
 
-from nnUNet_raw_conversion.command import UserError
+from nnunet_fratmae.base.command import UserError
 from plans.contract import Contract
 from plans.memory import step_memory
 from plans.settings import STACKS, TOKEN_SIDES, Settings

@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from nnUNet_raw_conversion.command import UserError, find_dataset, nnunet_folder, run_command
+from nnunet_fratmae.base.command import UserError, dataset_number, find_dataset, nnunet_folder, run_command
 from plans.contract import read_contract
 from plans.extension import (
     count_classes,
@@ -142,7 +142,7 @@ def plan_and_preprocess(raw: Path, settings: Settings, processes: int) -> None:
     print(f"{raw.name}: {labelled} labelled and {len(studies) - labelled} unlabelled studies")
     if labelled:
         with _quiet():
-            extract_fingerprint_dataset(int(raw.name[7:10]), num_processes=max(1, min(processes, labelled)),
+            extract_fingerprint_dataset(dataset_number(raw.name), num_processes=max(1, min(processes, labelled)),
                                         verbose=False)  # fmt: skip
         plans = FratMAEPlanner(raw.name, settings).plan_experiment()
     else:
@@ -184,7 +184,7 @@ def preprocess(
     from plans.wholebody import check_preprocessed, write_store
 
     labelled = count_labelled(studies)
-    preprocessed, dataset_id = nnunet_folder("nnUNet_preprocessed") / raw.name, int(raw.name[7:10])
+    preprocessed, dataset_id = nnunet_folder("nnUNet_preprocessed") / raw.name, dataset_number(raw.name)
     processes, configurations = max(1, min(processes, len(studies))), plans["configurations"]
     for name in ("dataset.json", "clinical.csv", "splits_final.json"):  # as nnU-Net's planner, of labelled datasets
         if (raw / name).is_file() and not (name == "splits_final.json" and (preprocessed / name).is_file()):
@@ -209,7 +209,7 @@ def _quiet() -> contextlib.AbstractContextManager:
 
 def _summary(preprocessed: Path, plans: dict[str, Any], dataset_json: dict[str, Any], labelled: int) -> None:
     settings, fullres = Settings.from_json(plans["fratmae"]), plans["configurations"]["3d_fullres"]
-    whole, dataset_id = settings.wholebody, int(preprocessed.name[7:10])
+    whole, dataset_id = settings.wholebody, dataset_number(preprocessed.name)
     print(f"{preprocessed / plans['plans_name']}.json  (axes H W D = AP, LR, SI)")
     print(f"  preset {settings.preset}, token patch {list(settings.token_patch)}, pretrained {settings.pretrained}")
     has_both = "wholebody" in plans["configurations"]

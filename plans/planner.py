@@ -16,7 +16,7 @@ from nnunetv2.imageio.reader_writer_registry import determine_reader_writer_from
 from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIOWithReorient
 from tqdm import tqdm
 
-from nnUNet_raw_conversion.command import UserError, nnunet_folder
+from nnunet_fratmae.base.command import UserError, nnunet_folder
 from plans.extension import HWD_FROM_ZYX, channel_modalities, extend_plans, find_channels, hwd_axes
 from plans.preprocessed import PLANS_NAME
 from plans.settings import Settings

@@ -6,7 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from nnUNet_raw_conversion.command import UserError, nnunet_folder, renamed
+from nnunet_fratmae.base.command import UserError, dataset_number, nnunet_folder
+from nnunet_fratmae.base.files import renamed
 
 PLANS_NAME = "FratMAEPlans"
 
@@ -19,7 +20,7 @@ def load_plans(preprocessed: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """
     path = preprocessed / f"{PLANS_NAME}.json"
     if not path.is_file():
-        dataset_id = int(preprocessed.name[7:10])
+        dataset_id = dataset_number(preprocessed.name)
         raise UserError(f"{path} is not there; run fratmae_plan_and_preprocess -d {dataset_id} first")
     return read_json(path), read_json(preprocessed / "dataset.json")
 

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from nnunet_fratmae.base.command import UserError, dataset_number
+from nnunet_fratmae.base.files import renamed
 from nnUNet_raw_conversion.clinical import COLUMNS, UNKNOWN, read_clinical, read_table
-from nnUNet_raw_conversion.command import UserError, renamed
 from nnUNet_raw_conversion.splits import make_splits
 from plans.extension import JOINT_NETWORK, hwd_axes
 from plans.preprocessed import PLANS_NAME, read_json, stored_cases, validation_cases
@@ -103,7 +104,7 @@ def read_cohort(preprocessed: Path, plans: dict[str, Any], fold: int | str) -> C
     if not stored:
         name = "" if plans["plans_name"] == PLANS_NAME else f" -plans_name {plans['plans_name']}"
         raise UserError(f"{preprocessed}: no whole-body studies there; run fratmae_plan_and_preprocess -d "
-                        f"{int(preprocessed.name[7:10])}{name}")  # fmt: skip
+                        f"{dataset_number(preprocessed.name)}{name}")  # fmt: skip
     classes, labels = read_labels(preprocessed / "clinical.csv", target, stored)
     segmented = stored_cases(preprocessed / configurations["3d_fullres"]["data_identifier"])
     patients, notes = read_patients(preprocessed / "clinical.csv", stored), []

@@ -25,7 +25,8 @@ from nnunetv2.utilities.utils import (
 from torch.nn.functional import interpolate
 from tqdm import tqdm
 
-from nnUNet_raw_conversion.command import UserError, map_cases
+from nnunet_fratmae.base.command import UserError
+from nnunet_fratmae.base.pool import map_cases
 from plans.extension import channel_modalities, find_channels
 from plans.units import PRETRAINING_UNITS
 

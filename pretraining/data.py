@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
+from nnunet_fratmae.base.command import UserError, dataset_number
 from nnUNet_raw_conversion.clinical import ClinicalRecord, prompt, read_clinical
-from nnUNet_raw_conversion.command import UserError
 from plans.extension import find_modalities
 from plans.settings import STACKS, Pretrain, WholeBody
 from plans.units import PRETRAINING_UNITS, shift_above_air
@@ -50,7 +50,7 @@ def list_cases(preprocessed: Path, plans: dict[str, Any], dataset_json: dict[str
     store = preprocessed / plans["configurations"]["wholebody"]["data_identifier"]
     files = sorted(f for f in store.glob("*.b2nd") if not f.stem.endswith("_seg"))
     if not files:
-        dataset_id = int(preprocessed.name[7:10])
+        dataset_id = dataset_number(preprocessed.name)
         raise UserError(f"{store}: no studies there; run fratmae_plan_and_preprocess -d {dataset_id} again")
     check_grid(files, plans["fratmae"]["wholebody"]["grid"])
     table = preprocessed / "clinical.csv"

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from nnUNet_raw_conversion.command import UserError, renamed, run_command
+from nnunet_fratmae.base.command import UserError, run_command
+from nnunet_fratmae.base.files import renamed
 from pretraining.checkpoint import LATEST
 
 ALIGN_NAME, CARD_NAME = "context_align.safetensors", "model_card.md"

@@ -9,7 +9,7 @@ from lightning_fabric import Fabric
 from lightning_fabric.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
 from lightning_fabric.strategies import DDPStrategy
 
-from nnUNet_raw_conversion.command import UserError
+from nnunet_fratmae.base.command import UserError
 
 
 def make_fabric(device: str, gpus: int, nodes: int, is_cross_modal: bool) -> Fabric:

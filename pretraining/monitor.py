@@ -12,7 +12,7 @@ import torch
 from lightning_fabric import Fabric
 from torch import Tensor, nn
 
-from nnUNet_raw_conversion.command import renamed
+from nnunet_fratmae.base.files import renamed
 from plans.settings import STACKS, Settings
 from plans.units import MODALITIES
 from pretraining.data import Case

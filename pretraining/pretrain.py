@@ -7,7 +7,14 @@ import contextlib
 from dataclasses import replace
 from pathlib import Path
 
-from nnUNet_raw_conversion.command import UserError, check_device, find_dataset, nnunet_folder, run_command
+from nnunet_fratmae.base.command import (
+    UserError,
+    check_device,
+    dataset_number,
+    find_dataset,
+    nnunet_folder,
+    run_command,
+)
 from plans.extension import choose_sizes, find_channels, lost_to_pretraining
 from plans.preprocessed import PLANS_NAME, load_plans, validation_cases
 from plans.settings import METHODS, STACKS, Pretrain, Settings, add_arguments, override, require
@@ -131,5 +138,5 @@ def check_plans(datasets: list[Path], loaded: list[tuple[dict, dict]], settings:
         if grid != settings.wholebody.grid:
             wanted = str(list(settings.wholebody.grid)).replace(" ", "")
             raise UserError(f"{preprocessed.name}: its whole-body grid is {list(grid)}, not {wanted}; run "
-                            f"fratmae_plan_and_preprocess -d {int(preprocessed.name[7:10])} "
+                            f"fratmae_plan_and_preprocess -d {dataset_number(preprocessed.name)} "
                             f"--set wholebody.grid={wanted}")  # fmt: skip

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from nnunet_fratmae.base.command import UserError
 from nnunet_fratmae.networks.vit import is_decayed, token_grid
-from nnUNet_raw_conversion.command import UserError
 from plans.settings import Pretrain, Settings
 from plans.units import MODALITIES
 from pretraining.data import Case

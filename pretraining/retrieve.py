@@ -13,8 +13,9 @@ from torch import Tensor
 from torch.nn.functional import normalize
 from tqdm import tqdm
 
+from nnunet_fratmae.base.command import UserError, check_device, find_dataset, run_command
+from nnunet_fratmae.base.files import renamed
 from nnUNet_raw_conversion.clinical import ClinicalRecord, prompt, read_clinical
-from nnUNet_raw_conversion.command import UserError, check_device, find_dataset, renamed, run_command
 from plans.contract import CONTRACT_NAME, WEIGHTS_NAME
 from plans.preprocessed import load_plans
 from plans.settings import Pretrain, Settings, WholeBody

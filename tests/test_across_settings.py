@@ -30,9 +30,9 @@ from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 from safetensors.torch import load_file, save_file
 
 from nnunet_fratmae.artefact import load_encoders, load_pretrained, save_artefact
+from nnunet_fratmae.base.command import UserError
 from nnunet_fratmae.networks.vit import ViTEncoder, dual_encoders
 from nnunet_fratmae.trainer import prepare_plans
-from nnUNet_raw_conversion.command import UserError
 from plans.extension import extend_plans
 from plans.settings import PRESETS, Settings
 from plans.units import PRETRAINING_UNITS, intensity_properties, to_units

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from nnunet_fratmae.base.command import UserError
 from nnUNet_raw_conversion.clinical import (
     ClinicalRecord,
     clinical_record,
@@ -17,7 +18,6 @@ from nnUNet_raw_conversion.clinical import (
     read_clinical,
     write_clinical,
 )
-from nnUNet_raw_conversion.command import UserError
 
 words = st.text(st.characters(exclude_categories=("C",)), max_size=20)
 records = st.builds(

@@ -18,11 +18,12 @@ import SimpleITK as sitk
 from matplotlib.image import imread
 
 import nnUNet_raw_conversion.conversion as conversion
+from nnunet_fratmae.base.command import UserError
+from nnunet_fratmae.base.files import WriteError
 from nnUNet_raw_conversion.clinical import clinical_record, read_clinical
-from nnUNet_raw_conversion.command import UserError
 from nnUNet_raw_conversion.conversion import Loaded, Study, convert_studies
 from nnUNet_raw_conversion.pictures import draw_case, index_page
-from nnUNet_raw_conversion.raw_dataset import RawDataset, WriteError
+from nnUNet_raw_conversion.raw_dataset import RawDataset
 
 SIZE, SPACING = (15, 13, 17), (11.0, 12.0, 10.5)  # x, y, z
 OPTIONS = {"command": "test", "grid": "pet"}

@@ -12,7 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nnUNet_raw_conversion.command import UserError
+from nnunet_fratmae.base.command import UserError
 from plans.settings import Pretrain, WholeBody
 from pretraining.data import Batches, Case, DiskPatches, MemoryPatches, View, Views, augment, case_weights, read_patch
 

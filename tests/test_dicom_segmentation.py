@@ -11,7 +11,7 @@ from pydicom.sr.codedict import codes
 from pydicom.uid import RLELossless, generate_uid
 from scipy.spatial.transform import Rotation
 
-from nnUNet_raw_conversion.command import UserError
+from nnunet_fratmae.base.command import UserError
 from nnUNet_raw_conversion.dicom.lesions import read_lesions
 from nnUNet_raw_conversion.dicom.segmentation import read_segments
 from tests.dicom_files import (

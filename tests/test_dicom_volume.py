@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from pydicom.uid import ExplicitVRBigEndian, ImplicitVRLittleEndian, RLELossless, SecondaryCaptureImageStorage
 from scipy.spatial.transform import Rotation
 
-from nnUNet_raw_conversion.command import UserError
+from nnunet_fratmae.base.command import UserError
 from nnUNet_raw_conversion.dicom.index import scan
 from nnUNet_raw_conversion.dicom.volume import read_volume
 from tests.dicom_files import (

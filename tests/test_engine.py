@@ -15,8 +15,8 @@ import torch
 from safetensors.torch import load_file
 
 from nnunet_fratmae.artefact import check_artefact, load_encoders
+from nnunet_fratmae.base.command import UserError
 from nnunet_fratmae.networks.unetr import FratMAEUNETR
-from nnUNet_raw_conversion.command import UserError
 from plans.settings import Preset, Pretrain, Settings, WholeBody
 from pretraining import checkpoint, engine, evaluation, launch, monitor, recipe
 from pretraining.data import Case

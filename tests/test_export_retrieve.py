@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 from torch.nn.functional import normalize
 
 from nnunet_fratmae.artefact import load_pretrained
+from nnunet_fratmae.base.command import UserError
 from nnUNet_raw_conversion.clinical import ClinicalRecord
-from nnUNet_raw_conversion.command import UserError
 from plans.units import to_units
 from pretraining.retrieve import candidates, classify, scores
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from nnUNet_raw_conversion.command import UserError
+from nnunet_fratmae.base.command import UserError
 from nnUNet_raw_conversion.folders import PatientFolders
 from nnUNet_raw_conversion.patients import Table, known_numbers
 from nnUNet_raw_conversion.pseudonyms import Key

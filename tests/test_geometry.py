@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from scipy.interpolate import RegularGridInterpolator
 from scipy.spatial.transform import Rotation
 
+from nnunet_fratmae.base.command import UserError
 from nnUNet_raw_conversion.checks import checked_case
-from nnUNet_raw_conversion.command import UserError
 from nnUNet_raw_conversion.geometry import (
     canonical,
     overlap_fraction,

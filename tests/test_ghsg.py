@@ -17,8 +17,8 @@ import pydicom
 import pytest
 import SimpleITK as sitk
 
+from nnunet_fratmae.base.command import UserError
 from nnUNet_raw_conversion import ghsg
-from nnUNet_raw_conversion.command import UserError
 from nnUNet_raw_conversion.dicom.choose import choose_ct, choose_lesions, choose_pet
 from nnUNet_raw_conversion.dicom.index import Series, scan
 from nnUNet_raw_conversion.patients import parse_columns, read_patients, read_test_list, record_of

@@ -10,13 +10,13 @@ import torch
 from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 from torch.nn.parallel import DistributedDataParallel
 
+from nnunet_fratmae.base.command import UserError
 from nnunet_fratmae.joint import JointLoss, PatchesAndStudies, add_branch, endless
 from nnunet_fratmae.networks.staging import FratMAEJoint, FratMAEStaging
 from nnunet_fratmae.networks.vit import ViTEncoder
 from nnunet_fratmae.predict_stage import read_model
 from nnunet_fratmae.stage_data import WeightedCrossEntropy, class_weights
 from nnunet_fratmae.trainer import FratMAETrainer
-from nnUNet_raw_conversion.command import UserError
 from plans.extension import JOINT_NETWORK, NETWORK
 from plans.settings import Settings, override
 from pretraining.data import Batches

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
+from nnunet_fratmae.base.command import UserError
 from nnunet_fratmae.trainer import FratMAETrainer
-from nnUNet_raw_conversion.command import UserError
 from plans.extension import channel_modalities, count_classes, extend_plans, find_channels, find_modalities
 from plans.settings import Finetune, Settings
 from tests.conftest import Workspace

@@ -17,11 +17,11 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from nnunet_fratmae import fill_missing
 from nnunet_fratmae.artefact import NNUNET_NAME, load_encoders, save_artefact
 from nnunet_fratmae.augmentation import MissingModality
+from nnunet_fratmae.base.command import UserError
 from nnunet_fratmae.networks.staging import FratMAEStaging
 from nnunet_fratmae.networks.vit import dual_encoders
 from nnunet_fratmae.staging_trainer import FratMAEStagingTrainer
 from nnunet_fratmae.trainer import FratMAETrainer, check_other_folds, prepare_plans
-from nnUNet_raw_conversion.command import UserError
 from plans.extension import absent_values, extend_plans, find_channels, training_memory
 from plans.planner import finish_plans
 from plans.settings import PRESETS, Settings, override

@@ -14,9 +14,9 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIOWithReorient
 
+from nnunet_fratmae.base.command import UserError
 from nnunet_fratmae.networks.staging import FratMAEJoint
 from nnunet_fratmae.networks.unetr import FratMAEUNETR
-from nnUNet_raw_conversion.command import UserError
 from plans.extension import MIN_TOKENS, choose_sizes, extend_plans, training_memory
 from plans.memory import FIXED_GB, GB, step_memory, tally
 from plans.plan_and_preprocess import planned_settings

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from nnUNet_raw_conversion.command import UserError
+from nnunet_fratmae.base.command import UserError
 from plans.contract import Contract, read_contract
 from plans.extension import choose_sizes, extend_plans, find_modalities, follow_artefact, hwd_axes
 from plans.settings import Finetune, Settings, override

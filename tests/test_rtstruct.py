@@ -12,7 +12,7 @@ from pydicom.uid import ExplicitVRLittleEndian, generate_uid
 from scipy.spatial.transform import Rotation
 from skimage.measure import points_in_poly
 
-from nnUNet_raw_conversion.command import UserError
+from nnunet_fratmae.base.command import UserError
 from nnUNet_raw_conversion.dicom.lesions import read_lesions
 from nnUNet_raw_conversion.dicom.names import is_lesion_name, select_rois, shown_name
 from nnUNet_raw_conversion.dicom.rtstruct import Roi, rasterise, read_rois, share_inside

@@ -17,6 +17,7 @@ from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 from torch import nn
 
 from nnunet_fratmae import predict_stage
+from nnunet_fratmae.base.command import UserError
 from nnunet_fratmae.networks.staging import FratMAEStaging, summarise
 from nnunet_fratmae.stage_data import (
     StagingStudies,
@@ -27,7 +28,6 @@ from nnunet_fratmae.stage_data import (
 )
 from nnunet_fratmae.stage_metrics import stage_metrics
 from nnunet_fratmae.staging_trainer import FratMAEStagingTrainer, other_bodies
-from nnUNet_raw_conversion.command import UserError
 from plans.settings import Pretrain, Settings, Staging, WholeBody
 from plans.staging import NETWORK, read_cohort, read_labels, staging_plans
 from pretraining.data import Case

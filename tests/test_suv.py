@@ -10,7 +10,7 @@ import SimpleITK as sitk
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nnUNet_raw_conversion.command import UserError
+from nnunet_fratmae.base.command import UserError
 from nnUNet_raw_conversion.dicom.index import scan
 from nnUNet_raw_conversion.dicom.overrides import SuvOverride, read_overrides
 from nnUNet_raw_conversion.dicom.suv import read_suv, suv_factors

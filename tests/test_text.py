@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import save_file
 from torch.nn.functional import normalize
 
+from nnunet_fratmae.base.command import UserError
 from nnUNet_raw_conversion.clinical import clinical_record, prompt
-from nnUNet_raw_conversion.command import UserError
 from pretraining import text as module
 from pretraining.text import embed_prompts, load_tower
 

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from nnunet_fratmae.augmentation import Calibration, ScannerNoise, misalign
+from nnunet_fratmae.base.command import UserError
 from nnunet_fratmae.optimization import CosineSchedule, parameter_groups
 from nnunet_fratmae.trainer import FratMAETrainer, prepare_plans
-from nnUNet_raw_conversion.command import UserError
 from plans.extension import hwd_axes
 from plans.settings import Settings, override
 from plans.units import affine_to_units, intensity_properties, to_units

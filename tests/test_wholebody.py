@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
 
-from nnUNet_raw_conversion.command import UserError
+from nnunet_fratmae.base.command import UserError
 from plans.units import PRETRAINING_UNITS
 from plans.wholebody import check_preprocessed, check_units, list_studies, resize_to_grid
 from pretraining.data import list_cases

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pydicom
 
-from nnUNet_raw_conversion.command import UserError
+from nnunet_fratmae.base.command import UserError
 from nnUNet_raw_conversion.dicom.index import Series, read_header
 
 _NAC = re.compile(

@@ -15,7 +15,7 @@ from pydicom.filereader import read_partial
 from pydicom.tag import Tag
 from tqdm import tqdm
 
-from nnUNet_raw_conversion.command import UserError
+from nnunet_fratmae.base.command import UserError
 
 FRAME_OF_REFERENCE = Tag("FrameOfReferenceUID")
 # The contours of an RTSTRUCT and the voxels: large, and no part of a header.

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import SimpleITK as sitk
 
-from nnUNet_raw_conversion.command import UserError
+from nnunet_fratmae.base.command import UserError
 from nnUNet_raw_conversion.dicom.names import select_rois, shown_name
 from nnUNet_raw_conversion.dicom.rtstruct import Roi, rasterise, read_rois, share_inside
 from nnUNet_raw_conversion.dicom.segmentation import read_segments

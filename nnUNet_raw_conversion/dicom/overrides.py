@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pydicom
 
+from nnunet_fratmae.base.command import UserError
 from nnUNet_raw_conversion.clinical import read_table
-from nnUNet_raw_conversion.command import UserError
 from nnUNet_raw_conversion.dicom.fields import parse_datetime
 
 COLUMNS = ("case_id", "weight_kg", "dose_bq", "dose_mbq", "injection_datetime", "half_life_s")

@@ -25,7 +25,7 @@ from scipy import ndimage
 from scipy.spatial import cKDTree
 from skimage.measure import points_in_poly
 
-from nnUNet_raw_conversion.command import UserError
+from nnunet_fratmae.base.command import UserError
 from nnUNet_raw_conversion.dicom.names import shown_name
 
 # CLOSEDPLANAR_XOR is the standard's spelling (PS3.3 C.8.8.6.1).

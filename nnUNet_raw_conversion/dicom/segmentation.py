@@ -9,7 +9,7 @@ import highdicom
 import numpy as np
 import SimpleITK as sitk
 
-from nnUNet_raw_conversion.command import UserError
+from nnunet_fratmae.base.command import UserError
 from nnUNet_raw_conversion.dicom.names import shown_name
 from nnUNet_raw_conversion.dicom.rtstruct import locate, usual_gap
 

@@ -13,7 +13,7 @@ import pydicom
 import SimpleITK as sitk
 from pydicom.pixels import pixel_array
 
-from nnUNet_raw_conversion.command import UserError
+from nnunet_fratmae.base.command import UserError
 from nnUNet_raw_conversion.dicom.fields import field_name, text_of
 from nnUNet_raw_conversion.dicom.index import Series
 

@@ -11,8 +11,9 @@ import numpy as np
 import SimpleITK as sitk
 from tqdm import tqdm
 
+from nnunet_fratmae.base.command import UserError, run_command
+from nnunet_fratmae.base.pool import map_cases
 from nnUNet_raw_conversion.clinical import ClinicalRecord, write_clinical
-from nnUNet_raw_conversion.command import UserError, map_cases, run_command
 from nnUNet_raw_conversion.phantom.anatomy import build_anatomy, draw_patient
 from nnUNet_raw_conversion.phantom.cohort import draw_group
 from nnUNet_raw_conversion.phantom.from_labels import find_maps, make_labelled_case

@@ -14,8 +14,8 @@ import numpy as np
 import SimpleITK as sitk
 from scipy import ndimage
 
+from nnunet_fratmae.base.command import UserError
 from nnUNet_raw_conversion.clinical import ClinicalRecord, clinical_record
-from nnUNet_raw_conversion.command import UserError
 from nnUNet_raw_conversion.geometry import read_image
 from nnUNet_raw_conversion.phantom.anatomy import Patient, draw_patient
 from nnUNet_raw_conversion.phantom.cohort import Group, draw_group

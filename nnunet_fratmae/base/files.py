@@ -1,0 +1,84 @@
+"""Files that are there whole or not at all, and names from files that stay inside the folder they are meant for."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from nnunet_fratmae.base.command import UserError
+
+_NODE = re.sub(r"[^A-Za-z0-9.-]", "-", platform.node()) or "node"
+
+
+class WriteError(UserError):
+    """The target cannot be written to (disk full, read-only): no fault of the case, and no other case would fare
+    better."""
+
+
+@contextmanager
+def writing_to(place: Path) -> Iterator[None]:
+    """Any OSError within is a WriteError that names `place`, a folder or a file."""
+    try:
+        yield
+    except OSError as error:
+        raise WriteError(f"{place} cannot be written to ({error.strerror or error}); make room there or permit it, "
+                         "then say the same again") from None  # fmt: skip
+
+
+@contextmanager
+def renamed(path: Path) -> Iterator[Path]:
+    """A path beside `path` to write to, which takes its place at the end; what was there stays until then.
+
+    Every process writes to a path of its own; what a killed one left is removed by the next that writes `path` here.
+
+    Raises:
+        WriteError: the disk is full, or the like.
+    """
+    _remove_left_over(path)
+    partial = path.with_name(f".partial_{_NODE}_{os.getpid()}_{path.name}")
+    with writing_to(path):
+        try:
+            yield partial
+            os.replace(partial, path)
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
+
+
+def _remove_left_over(path: Path) -> None:
+    """Remove what processes of this machine that are no more left of `path`."""
+    begin = f".partial_{_NODE}_"
+    for partial in path.parent.glob(f"{begin}*_{path.name}"):
+        process = partial.name[len(begin) :].split("_")[0]
+        if process.isdigit() and not _runs(int(process)):
+            partial.unlink(missing_ok=True)
+
+
+def _runs(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # of another user, so it runs
+        pass
+    return True
+
+
+def plain_name(name: object, where: str) -> str:
+    """`name` if it can only be one file or folder in the folder it is put into.
+
+    For names that a file gives (data_identifier, case_id), before anything so called is written, renamed or removed.
+
+    Args:
+        where: the file and field it is from, for the message.
+
+    Raises:
+        UserError: it is no text, empty, hidden, or leads elsewhere.
+    """
+    if not isinstance(name, str) or not re.fullmatch(r"[^./\\\x00-\x1f][^/\\\x00-\x1f]*", name):
+        raise UserError(f"{where}: is no name of a folder or file; give letters, digits, '_', '-' and '.' only")
+    return name

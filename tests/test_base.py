@@ -1,0 +1,114 @@
+"""The ground floor: files that are whole or not there, names that stay inside, tables that execute nothing."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import io
+import os
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nnunet_fratmae.base.command import UserError, dataset_number, run_command
+from nnunet_fratmae.base.files import WriteError, plain_name, renamed
+from nnunet_fratmae.base.tables import cell_text, csv_text, inert
+
+
+def test_what_was_there_stays_until_the_new_file_is_whole(tmp_path):
+    path = tmp_path / "table.csv"
+    path.write_text("before")
+    with pytest.raises(RuntimeError), renamed(path) as partial:
+        partial.write_text("half")
+        raise RuntimeError
+    assert path.read_text() == "before" and os.listdir(tmp_path) == ["table.csv"]
+
+
+def test_two_at_once_do_not_take_each_others_file(tmp_path, monkeypatch):
+    path = tmp_path / "table.csv"
+    with renamed(path) as first:
+        first.write_text("first")
+        monkeypatch.setattr("os.getpid", lambda: 1)  # process 1 is always there
+        with renamed(path) as second:
+            second.write_text("second")
+        assert first.read_text() == "first"
+    assert path.read_text() == "first" and os.listdir(tmp_path) == ["table.csv"]
+
+
+def test_what_a_killed_process_left_is_removed(tmp_path, monkeypatch):
+    path = tmp_path / "table.csv"
+    with monkeypatch.context() as patch:
+        patch.setattr("os.getpid", lambda: 2**22 + 1)  # above the largest process number of Linux
+        with renamed(path) as partial:
+            left = partial
+            partial.write_text("x")
+    left.write_text("half")
+    with renamed(path) as partial:
+        partial.write_text("whole")
+    assert os.listdir(tmp_path) == ["table.csv"]
+
+
+def test_a_folder_that_is_gone_is_one_line(tmp_path):
+    with pytest.raises(WriteError, match="gone/table.csv cannot be written"), renamed(tmp_path / "gone/table.csv") as p:
+        p.write_text("x")
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "../other", "a/b", "a\\b", "/etc", ".hidden", "a\nb", None, 3, ["a"]])
+def test_names_that_lead_elsewhere(name):
+    with pytest.raises(UserError, match="plans.json, data_identifier"):
+        plain_name(name, "plans.json, data_identifier")
+
+
+@pytest.mark.parametrize("name", ["FratMAEPlans_3d_fullres", "case 1", "GHSG_0001", "a.b-c"])
+def test_names_that_stay(name):
+    assert plain_name(name, "x") == name
+
+
+@pytest.mark.parametrize("cell", ["=1+1", "+cmd|' /C calc'!A0", "-2+3", "@SUM(A1)", "\t=1", "  =1"])
+def test_formulas_are_inert(cell):
+    ((written,),) = csv.reader(io.StringIO(csv_text(["a"], [[cell]]).split("\n", 1)[1], newline=""))
+    assert written == f"'{cell}" and cell_text(written) == cell
+
+
+@given(st.text())
+def test_cells_come_back_as_they_were(cell):
+    assert cell_text(inert(cell)) == cell
+
+
+@pytest.mark.parametrize("number", ["-1", "+1.5", "-1e-3", "0"])
+def test_numbers_are_as_they_were(number):
+    assert inert(number) == number
+
+
+@pytest.mark.parametrize(("name", "number"), [("Dataset007_T", 7), ("Dataset1234_T", 1234), ("Dataset520_A_1", 520)])
+def test_dataset_numbers_of_any_length(name, number):
+    assert dataset_number(name) == number
+
+
+@pytest.mark.parametrize("name", ["Dataset_7", "Task007_T", "Dataset12_T"])
+def test_no_dataset(name):
+    with pytest.raises(UserError, match="is no nnU-Net dataset"):
+        dataset_number(name)
+
+
+def test_a_full_disk_is_one_line_that_names_no_input(tmp_path, monkeypatch, capsys):
+    def main(args):
+        raise OSError(28, "No space left on device", str(args.i / "Meier" / "x"))
+
+    parser = argparse.ArgumentParser(prog="p")
+    parser.add_argument("-i", type=type(tmp_path))
+    monkeypatch.setattr("sys.argv", ["p", "-i", str(tmp_path)])
+    with pytest.raises(SystemExit) as stopped:
+        run_command(parser, main)
+    text = str(stopped.value)
+    assert "No space left on device" in text and "a file below -i" in text and "Meier" not in text
+
+
+def test_a_full_disk_names_what_we_write(tmp_path, monkeypatch):
+    def main(_):
+        raise PermissionError(13, "Permission denied", str(tmp_path / "out.csv"))
+
+    monkeypatch.setattr("sys.argv", ["p"])
+    with pytest.raises(SystemExit, match="out.csv cannot be read or written .Permission denied."):
+        run_command(argparse.ArgumentParser(prog="p"), main)
