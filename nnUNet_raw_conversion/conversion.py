@@ -39,7 +39,7 @@ from nnUNet_raw_conversion.raw_dataset import (
 # Those two ends nnU-Net takes for parts of other files' names
 CASE_NAME = re.compile(r"[A-Za-z0-9_.-]+(?<!_0000)(?<!_seg)")
 REPORT, ROIS = "conversion_report.csv", "conversion_rois.csv"
-COLUMNS = ("case_id", "status", "part", "used", "notes", "error", "grid", "lesion_ml", "suv_max", "seconds")
+COLUMNS = ("case_id", "status", "part", "used", "notes", "error", "code", "grid", "lesion_ml", "suv_max", "seconds")
 
 
 @dataclass
@@ -155,7 +155,7 @@ def convert_study(study: Study, folder: Path, grid: str) -> dict:
     except WriteError:
         raise
     except UserError as error:
-        row["error"] = str(error)
+        row["error"], row["code"] = str(error), error.code
     except MemoryError:
         row["error"] = "the memory is too small for it; try a smaller -np"
     except Exception as error:  # of one broken file in hundreds; its text may name a patient and is not shown

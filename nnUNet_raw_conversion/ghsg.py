@@ -72,7 +72,7 @@ def load_visit(recipe: Recipe) -> Loaded:
             warnings.simplefilter("ignore")  # those of pydicom show what is in the headers
             loaded = _load_dicom(recipe) if visit.pet else _load_nifti(visit)
     except UserError as error:
-        raise UserError(hide(str(error))) from None
+        raise UserError(hide(str(error)), error.code) from None
     loaded.notes = [hide(note) for note in loaded.notes]
     loaded.used = {what: hide(why) for what, why in loaded.used.items()}
     loaded.rois = [{k: hide(v) if isinstance(v, str) else v for k, v in row.items()} for row in loaded.rois]

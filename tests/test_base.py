@@ -6,6 +6,7 @@ import argparse
 import csv
 import io
 import os
+import pickle
 
 import pytest
 from hypothesis import given
@@ -112,3 +113,8 @@ def test_a_full_disk_names_what_we_write(tmp_path, monkeypatch):
     monkeypatch.setattr("sys.argv", ["p"])
     with pytest.raises(SystemExit, match="out.csv cannot be read or written .Permission denied."):
         run_command(argparse.ArgumentParser(prog="p"), main)
+
+
+def test_the_code_of_a_refusal_comes_through_a_process():
+    error = pickle.loads(pickle.dumps(UserError("PET: no", "SUV_X")))
+    assert str(error) == "PET: no" and error.code == "SUV_X" and UserError("x").code == ""

@@ -16,7 +16,14 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class UserError(Exception):
-    """A mistake that the user can mend: the message names the file or field, what is wrong and what to do."""
+    """A mistake that the user can mend: the message names the file or field, what is wrong and what to do.
+
+    `code` is a short word for machines that sort refusals (conversion_report.csv, docs/refusals.md), or "".
+    """
+
+    def __init__(self, message: str, code: str = "") -> None:
+        super().__init__(message)
+        self.code = code
 
 
 def run_command(parser: argparse.ArgumentParser, main: Callable[[argparse.Namespace], None]) -> None:
