@@ -70,7 +70,7 @@ def test_philips_own_factors_agree():
     """SUV per count by counts per Bq/ml is what Philips takes for SUV per Bq/ml."""
     assert BY_HAND["PHILIPS_BQML"] == pytest.approx(0.003515736 / 4.709921, rel=1e-6)
     headers = real_headers("PHILIPS_CNTS_AND_BQML_SUV")
-    for one_header in headers:  # of the tenth bed alone, 18 min after the start: FrameReferenceTime and SeriesTime agree
+    for one_header in headers:  # of the tenth bed, 18 min after the start
         del one_header[0x7053, 0x1000]
     # 09:35:56 - 08:30:00 = 3956 s
     expected = 1.602563 * 54000 / (238000000 * 2 ** -(3956 / 6588))
@@ -114,8 +114,8 @@ def test_series_becomes_suv(tmp_path, enhanced):
 
 
 @given(
-    weight=st.floats(3, 200), dose=st.floats(30e6, 900e6), injected=st.integers(0, 86399), uptake=st.integers(300, 14400),
-    dated=st.booleans(),
+    weight=st.floats(3, 200), dose=st.floats(30e6, 900e6), injected=st.integers(0, 86399),
+    uptake=st.integers(300, 14400), dated=st.booleans(),
 )  # fmt: skip
 def test_any_time_of_day(weight, dose, injected, uptake, dated):
     """SUV x dose left = weight, also where midnight lies between injection and scan."""

@@ -140,7 +140,7 @@ def reference_time(
     late = [one for one in late if not any(abs(one.time - other.time) <= agree and other not in late
                                            for other in stated if other is not one)]  # fmt: skip
     evidence = [one for one in [*stated, *more] if one not in early and one not in late]
-    evidence += _implied(headers, acquired, half_life, evidence, earliest, agree)
+    evidence += _implied(headers, acquired, half_life, evidence, earliest, injection, agree)
     evidence = [one for one in evidence if one.time >= injection - agree or one.source == DECAY_DATETIME]
     best = max(evidence, key=lambda one: (_support(one, evidence, agree), one.stated))
     members = [one for one in evidence if abs(one.time - best.time) <= agree]
@@ -193,7 +193,7 @@ def _stated(
 
 def _implied(
     headers: Sequence[pydicom.Dataset], acquired: Sequence[datetime | None], half_life: float,
-    stated: Sequence[Evidence], earliest: datetime, agree: timedelta,
+    stated: Sequence[Evidence], earliest: datetime, injection: datetime, agree: timedelta,
 ) -> list[Evidence]:  # fmt: skip
     """What FrameReferenceTime and DecayFactor say together with the time of each slice's frame.
 
@@ -210,10 +210,11 @@ def _implied(
     middle = np.array([mean_time(one, half_life) if one else 0.0 for one in length])
     reference = np.array([number_of(header, "FrameReferenceTime") or 0.0 for header in headers]) / 1000
     factor = np.array([number_of(header, "DecayFactor") or 0.0 for header in headers])
+    ge = text_of(headers[0], "Manufacturer").upper().startswith("GE")
     beds = begun.max() - begun.min() > agree.total_seconds()
     found = []
     for source, useful, since, conventions in (
-        ("FrameReferenceTime", reference.any(), reference, ("middle", "start")),
+        ("FrameReferenceTime", reference.any(), reference, ("start", "middle") if ge else ("middle", "start")),
         ("DecayFactor", (factor > 0).all() and not (factor == 1).all(),
          half_life * np.log2(np.where(factor > 0, factor, 1)), ("start", "middle")),
     ):  # fmt: skip
@@ -235,7 +236,9 @@ def _implied(
         note = ""
         if source == "DecayFactor" and gap <= agree and length.any():
             note = f"{DECAY_FACTOR} is that of the {convention} of the frames"
-        found.append(Evidence(f"{source} {field_name(source)[-11:]}", time, 2 if beds or (hits and not own) else 1,
+        # Some count the times of the frames from the injection, to which nothing is decay-corrected for that
+        sure = beds and not (source == "FrameReferenceTime" and abs(time - injection) <= agree)
+        found.append(Evidence(f"{source} {field_name(source)[-11:]}", time, 2 if sure or (hits and not own) else 1,
                               stated=False, convention=note))  # fmt: skip
     return found
 

@@ -115,13 +115,13 @@ def check_override(elapsed: float, half_life: float, column: str) -> None:
     what = f"is {abs(elapsed) / 3600:.1f} h {when} the scan"
     if column == "decay_reference_datetime":
         what = f"puts the injection {abs(elapsed) / 3600:.1f} h {when} it"
+    code = "SUV_UPTAKE_TOO_LONG" if elapsed > 0 else "SUV_INJECTION_AFTER_SCAN"
     raise UserError(f"PET: {column} of --suv-override {what}; give it in the scanner's local time, on the date that "
-                    "the images have",
-                    "SUV_UPTAKE_TOO_LONG" if elapsed > 0 else "SUV_INJECTION_AFTER_SCAN")  # fmt: skip
+                    "the images have", code)  # fmt: skip
 
 
 def check_not_at_once(headers: list[pydicom.Dataset], uptake: float, half_life: float) -> None:
-    """Raises UserError where a static scan begins with the injection, `uptake` s before: one of the two times is a dummy.
+    """Raises UserError where a static scan begins with the injection (`uptake` s before): one of the times is a dummy.
 
     Dynamic scans begin so, and with short-lived tracers (C-11, N-13, O-15, Rb-82) all do.
     """

@@ -224,10 +224,11 @@ def _dose_left(
                         "SUV_DECAY_CORRECTION")  # fmt: skip
     half_life = _half_life_s(drug, override, notes)
     acquired = acquisition_times(headers)
-    known = [time for time in acquired if time] or [series_time(headers[0])]
+    known = [time for time in acquired if time] or [series_time(headers[0]) or override.decay_reference]
     if known[0] is None or (correction == "NONE" and None in acquired):
+        give = ", or give decay_reference_datetime with --suv-override" if correction == "START" else ""
         raise UserError(f"PET: {field_name('AcquisitionTime')} is missing or 00:00:00, and with it the time of the "
-                        "scan; export the PET again with it, or as SUVbw", "SUV_TIME_MISSING")  # fmt: skip
+                        f"scan; export the PET again with it, or as SUVbw{give}", "SUV_TIME_MISSING")  # fmt: skip
     scan = min(known)
     injection = override.injection or injection_time(headers, drug, scan, half_life, notes)
     uptake, left = (scan - injection).total_seconds(), 1.0
