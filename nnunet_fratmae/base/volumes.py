@@ -39,6 +39,10 @@ def read_image(path: Path, called: str | None = None, notes: list[str] | None = 
     if not path.is_file():
         raise UserError(f"{name}: there is no such file; add it or correct its name")
     kind = ending(path)
+    if kind not in NIFTI_ENDINGS + WHOLE_ENDINGS + RAW_ENDINGS:
+        raise UserError(f"{name}: of this format ({kind or 'no ending'}) it cannot be seen whether a file is whole and "
+                        "where its voxels lie; save it as .nii.gz, .nrrd or .mha (DICOM: fratmae_convert_ghsg)",
+                        "IMAGE_FORMAT")  # fmt: skip
     header = checked_nifti(path, name) if kind in NIFTI_ENDINGS else None
     reader = sitk.ImageFileReader()
     reader.SetFileName(str(path))
@@ -54,9 +58,6 @@ def read_image(path: Path, called: str | None = None, notes: list[str] | None = 
         raise _unreadable(path, name, "" if called else f" ({_last_line(error)})", header) from None
     if header is not None:
         check_places(header, image, name, notes)
-    elif kind not in WHOLE_ENDINGS + RAW_ENDINGS:
-        raise UserError(f"{name}: of this format it cannot be seen whether a file is whole and where its voxels lie; "
-                        "save it as .nii.gz, .nrrd or .mha", "IMAGE_FORMAT")  # fmt: skip
     elif image.GetPixelID() in (sitk.sitkFloat32, sitk.sitkFloat64):
         check_finite(sitk.GetArrayViewFromImage(image), name)
     return image
