@@ -75,8 +75,8 @@ def check_suv(suv: np.ndarray) -> str | None:
     if negative <= MOST_UNDERSHOOT * total:
         return "small negative PET values (interpolation) set to 0"
     if negative > 0.6 * (total - negative) or np.mean(suv < 0) > 0.55:
-        like = "a CT" if suv.min() < -500 else "normalised images"
-        raise UserError(f"PET has negative values (down to {suv.min():g}), as {like} have; give it in SUVbw",
+        like = "a CT has: swapped?" if suv.min() < -500 else "normalised images have;"
+        raise UserError(f"PET has negative values (down to {suv.min():g}), as {like} give it in SUVbw",
                         "PET_NEGATIVE")  # fmt: skip
     return "negative PET values (noise around 0, as filtered back-projection leaves) set to 0"
 
@@ -139,6 +139,6 @@ def _check_mean(body: np.ndarray, highest: float) -> list[str]:
 
 
 def _too_high(found: str, muscle: float) -> UserError:
-    return UserError(f"PET {found}: not SUVbw, about {muscle / 0.6:.1g} times too high (kBq/ml is 2 to 5 times); "
+    return UserError(f"PET {found}: not SUVbw, about {muscle / 0.6:.0f} times too high (kBq/ml is 2 to 5 times); "
                      "convert it to SUVbw, or, where it was converted from DICOM here, check weight, dose and times in "
                      "its header", "PET_UNITS")  # fmt: skip
