@@ -27,6 +27,7 @@ SOFT_HU, FAT_HU = (0, 90), (-140, -60)
 FEWEST_VOXELS = 50  # of a tissue that is looked at
 MOST_MUSCLE, MOST_FAT, MOST_BODY_MEAN = 1.25, 0.65, 1.4  # SUV, refused if all are exceeded; see above
 MOST_WITHOUT_FAT = 2.0  # of the soft tissue, where no fat is seen
+ODD_MEAN = 2.2  # of the body
 # Without a CT the body is what has a quarter of the uptake of its hotter half. Its lowest quartile and median are
 # 0.25 to 0.99 and 0.38 to 1.66 in the same real boxes, 0.26 to 0.48 and 0.39 to 0.76 in the phantoms.
 MOST_QUARTILE_ALONE, MOST_MEDIAN_ALONE, ODD_MEDIAN_ALONE = 1.25, 1.8, 1.3
@@ -58,8 +59,8 @@ def check_hu(hu: np.ndarray) -> None:
 def check_suv(suv: np.ndarray) -> str | None:
     """See that a PET can be in SUV by its values alone: not empty, and not normalised to mean 0.
 
-    Noise around 0, as filtered back-projection leaves in air, is as often positive as negative, and the body lies above
-    it; where an image was normalised, most voxels or most of the sum are negative.
+    Noise around 0, as filtered back-projection leaves in air, is as often positive as negative, so the sum of the image
+    is that of the uptake. Where an image was normalised, most of its voxels are negative, or its sum is 0 or less.
 
     Returns:
         What to tell the user of negative voxels, which should be set to 0; None where there are none.
@@ -74,7 +75,7 @@ def check_suv(suv: np.ndarray) -> str | None:
         return None
     if negative <= MOST_UNDERSHOOT * total:
         return "small negative PET values (interpolation) set to 0"
-    if negative > 0.6 * (total - negative) or np.mean(suv < 0) > 0.55:
+    if total - 2 * negative < 0.1 * negative or np.mean(suv < 0) > 0.55:
         like = "a CT has: swapped?" if suv.min() < -500 else "normalised images have;"
         raise UserError(f"PET has negative values (down to {suv.min():g}), as {like} give it in SUVbw",
                         "PET_NEGATIVE")  # fmt: skip
@@ -106,6 +107,8 @@ def check_pair(hu: np.ndarray, suv: np.ndarray) -> list[str]:
         raise _too_high(f"has {tissues} and a mean of {mean:.2g} in the body (about 1)", muscle)
     if muscle > MOST_MUSCLE:
         notes.append("PET is high in soft tissue: is it SUVbw, or was the patient not fasted?")
+    elif mean > ODD_MEAN:
+        notes.append("PET is high in the body: is it SUVbw?")
     return notes
 
 
