@@ -16,8 +16,9 @@ from nnunet_fratmae.base.command import (
     run_command,
 )
 from plans.extension import choose_sizes, find_channels, lost_to_pretraining
+from plans.fields import require
 from plans.preprocessed import PLANS_NAME, load_plans, validation_cases
-from plans.settings import METHODS, STACKS, Pretrain, Settings, add_arguments, override, require
+from plans.settings import METHODS, STACKS, Pretrain, Settings, add_arguments, override
 from plans.staging import split_unsegmented
 
 RUN_NAME = f"FratMAEPretraining__{PLANS_NAME}__wholebody"
