@@ -38,7 +38,7 @@ class Bounds:
                 return f"must be one of {', '.join(self.among)}"
             plain = len(value) <= LONGEST_TEXT and value.isprintable()
             return None if plain else f"must be a line of at most {LONGEST_TEXT} characters"
-        if not math.isfinite(value):
+        if isinstance(value, float) and not math.isfinite(value):
             return "must be a finite number"
         if self.below is not None and not ((self.least or 0) <= value < self.below and value != self.above):
             low = "lie between" if self.above is not None else "be at least"

@@ -67,6 +67,16 @@ def check_voxels(name: str, size: Sequence[int] | None) -> None:
     require(size is None or math.prod(size) <= MOST_VOXELS, f"{name} {shown(size)} has {most}; take a smaller one")
 
 
+def check_tokens(name: str, patch: Sequence[int], token: Sequence[int]) -> None:
+    """Raises UserError where a patch is not of whole tokens, of one alone, or of more than any network takes."""
+    fits = all(p >= t and p % t == 0 for p, t in zip(patch, token, strict=True))
+    require(fits, f"{name} {shown(patch)} is no multiple of token_patch {shown(token)}")
+    require(tuple(patch) != tuple(token), f"{name} {shown(patch)} is a single token; it must hold two or more")
+    tokens = math.prod(patch) // math.prod(token)
+    require(tokens <= MOST_TOKENS, f"{name} {shown(patch)} has {tokens} tokens of {shown(token)}, more than "
+            f"{MOST_TOKENS}; take a smaller patch or larger tokens")  # fmt: skip
+
+
 def check_batch(name: str, batch: int, patch: Sequence[int]) -> None:
     """Raises UserError where the patches of a step have more voxels together than any GPU holds."""
     require(batch * math.prod(patch) <= MOST_BATCH_VOXELS, f"{name} {batch} of patches {shown(patch)} has more than "
@@ -298,21 +308,12 @@ class Settings:
         whole, finetune, staging = self.wholebody.patch, self.finetune, self.staging
         for name, patch in (("wholebody.patch", whole), ("finetune.patch", finetune.patch)):
             if patch is not None and self.token_patch is not None:
-                self._check_tokens(f"fratmae.{name}", patch)
+                check_tokens(f"fratmae.{name}", patch, self.token_patch)
         for name, patch, batch in (("finetune.batch_size", finetune.patch, finetune.batch_size),
                                    ("pretrain.micro_batch_size", whole, self.pretrain.micro_batch_size),
                                    ("staging.batch_size", whole, staging.batch_size)):  # fmt: skip
             if patch is not None and batch is not None:
                 check_batch(f"fratmae.{name}", batch, patch)
-
-    def _check_tokens(self, name: str, patch: tuple[int, int, int]) -> None:
-        token = self.token_patch
-        fits = all(p >= t and p % t == 0 for p, t in zip(patch, token, strict=True))
-        require(fits, f"{name} {patch} is no multiple of token_patch {token}")
-        require(patch != token, f"{name} {patch} is a single token; it must hold two or more")
-        tokens = math.prod(patch) // math.prod(token)
-        require(tokens <= MOST_TOKENS, f"{name} {patch} has {tokens} tokens of {token}, more than {MOST_TOKENS}; take "
-                "a smaller patch or larger tokens")  # fmt: skip
 
     @property
     def sizes(self) -> Preset:

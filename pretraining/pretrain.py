@@ -17,7 +17,8 @@ from nnunet_fratmae.base.command import (
 )
 from plans.extension import choose_sizes, find_channels, lost_to_pretraining
 from plans.fields import require
-from plans.preprocessed import PLANS_NAME, load_plans, validation_cases
+from plans.preprocessed import PLANS_NAME, validation_cases
+from plans.reader import load_plans
 from plans.settings import METHODS, STACKS, Pretrain, Settings, add_arguments, override
 from plans.staging import split_unsegmented
 
