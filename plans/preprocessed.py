@@ -18,6 +18,7 @@ from nnunet_fratmae.base.command import UserError, nnunet_folder
 from nnunet_fratmae.base.files import WriteError, renamed, writing_to
 
 PLANS_NAME = "FratMAEPlans"
+FOLDS = 5  # that nnU-Net makes by itself
 LOCK = ".planning.lock"
 STORED = (".b2nd", ".pkl", ".npz", ".npy")  # files of nnU-Net's preprocessed cases
 LEAST_FREE = 2**20  # bytes; a disk with less is full for a preprocessed case
@@ -58,18 +59,21 @@ def read_splits(path: Path) -> list[dict[str, list[str]]]:
     return splits
 
 
-def check_split_cases(path: Path, cases: Collection[str], what: str) -> None:
+def check_split_cases(path: Path, cases: Collection[str], what: str, fold: int | None = None) -> None:
     """See that a splits_final.json, if it is there, names no other cases than `cases`.
 
     Args:
         what: what these cases are, for the message: "studies of ...".
+        fold: of which fold; None: of all.
 
     Raises:
         UserError: it does.
     """
     if not path.is_file():
         return
-    named = {case for fold in read_splits(path) for side in ("train", "val") for case in fold[side]}
+    folds = read_splits(path)
+    folds = folds if fold is None else folds[fold : fold + 1]
+    named = {case for one in folds for side in ("train", "val") for case in one[side]}
     gone = sorted(named - set(cases))
     if gone:
         first = ", ".join(gone[:3]) + (", ..." if len(gone) > 3 else "")
@@ -90,6 +94,59 @@ def check_splits(raw: Path) -> None:
         if before[: len(now)] != now:
             raise UserError(f"{theirs}: has other folds than {ours} has by now; models trained so far validate by the "
                             "first; remove it to take over the second, and train them anew")  # fmt: skip
+
+
+def check_fold(preprocessed: Path, folder: Path, fold: int | str) -> None:
+    """See that nnU-Net can train `fold` on the cases that it preprocessed to `folder`.
+
+    Raises:
+        UserError: no cases, too few for folds, a fold of cases that are not there or without a side, a damaged case.
+    """
+    from nnunetv2.training.dataloading.utils import infer_dataset_class
+
+    dataset_class = infer_dataset_class(str(folder)) if folder.is_dir() and any(folder.iterdir()) else None
+    stored = set(dataset_class.get_identifiers(str(folder))) if dataset_class else set()
+    if not stored:
+        raise UserError(f"{folder}: no preprocessed cases there; run fratmae_plan_and_preprocess (of stock plans: "
+                        "nnUNetv2_preprocess)")  # fmt: skip
+    path = preprocessed / "splits_final.json"
+    if fold != "all" and not path.is_file() and len(stored) < FOLDS:
+        raise UserError(f"fold {fold}: {preprocessed.name} has {len(stored)} labelled cases, too few for nnU-Net's "
+                        f"{FOLDS} folds; train on all of them (fold all), or write folds of your own to {path}")
+    used = stored
+    if fold != "all" and path.is_file():
+        check_split_cases(path, stored, f"preprocessed cases of {folder}", int(fold))
+        for one in read_splits(path)[int(fold) : int(fold) + 1]:  # of a fold beyond them, nnU-Net draws one
+            if not (one["train"] and one["val"]):
+                raise UserError(f"{path}: fold {fold} has {len(one['train'])} training and {len(one['val'])} "
+                                "validation cases; each side needs one")  # fmt: skip
+            used = {*one["train"], *one["val"]}
+    for case in sorted(used):
+        for file in (folder / f"{case}.b2nd", folder / f"{case}_seg.b2nd"):
+            if file.is_file():
+                open_case(file)
+
+
+def open_case(file: Path) -> Any:
+    """The blosc2 array of a preprocessed case, of which only the header is read.
+
+    Raises:
+        UserError: it is damaged or cut off.
+    """
+    import blosc2
+
+    with reading_case(file):
+        return blosc2.open(str(file), mode="r")
+
+
+@contextmanager
+def reading_case(file: Path) -> Iterator[None]:
+    """What blosc2 raises where a file is damaged or cut off is a UserError within that names the file."""
+    try:
+        yield
+    except (RuntimeError, ValueError) as error:
+        raise UserError(f"{file}: is damaged or cut off ({error}); preprocess the dataset again (of FratMAE plans: "
+                        "fratmae_plan_and_preprocess)") from None  # fmt: skip
 
 
 def stored_cases(folder: Path) -> set[str]:
@@ -113,9 +170,10 @@ def validation_cases(preprocessed: Path, plans: dict[str, Any], fold: int) -> se
         cases = sorted(stored_cases(folder))
         if not cases:
             return set()
-        if len(cases) < 5:
-            raise UserError(f"-f {fold}: {preprocessed.name} has {len(cases)} labelled cases, too few for 5 folds")
-        splits = generate_crossval_split(cases, seed=12345, n_splits=5)
+        if len(cases) < FOLDS:
+            raise UserError(f"-f {fold}: {preprocessed.name} has {len(cases)} labelled cases, too few for {FOLDS} "
+                            "folds")  # fmt: skip
+        splits = generate_crossval_split(cases, seed=12345, n_splits=FOLDS)
         with renamed(path) as partial:
             partial.write_text(json.dumps(splits, indent=4, default=str))
     splits = read_splits(path)

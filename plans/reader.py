@@ -53,7 +53,10 @@ def load_plans(preprocessed: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         dataset_id = dataset_number(preprocessed.name)
         raise UserError(f"{path} is not there; run fratmae_plan_and_preprocess -d {dataset_id} first")
     dataset_json = read_dataset_json(preprocessed / "dataset.json")
-    return read_plans(path, dataset_json), dataset_json
+    plans = read_plans(path, dataset_json)
+    _need(plans, "fratmae", str(path), "")
+    _need(plans["configurations"], "3d_fullres", str(path), "configurations")
+    return plans, dataset_json
 
 
 def read_plans(path: Path, dataset_json: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -80,7 +83,9 @@ def check_plans(plans: Any, where: str, dataset_json: dict[str, Any] | None = No
     Raises:
         UserError: a part that is missing, of another type, or out of bounds.
     """
-    _check(_dict(plans, where, "the file"), where, dataset_json, used)
+    check_nnunet(plans, where, dataset_json, used)
+    if "fratmae" in plans:
+        check_settings(plans, where)
 
 
 def check_settings(plans: Mapping[str, Any], where: str) -> Settings:
@@ -144,7 +149,9 @@ def resolve(configurations: Mapping[str, Any], name: str, where: str = "plans.js
 # ------------------------------------------------------------------------------------------------------ nnU-Net's part
 
 
-def _check(plans: dict[str, Any], where: str, dataset_json: dict[str, Any] | None, used: Iterable[str]) -> None:
+def check_nnunet(plans: Any, where: str, dataset_json: dict[str, Any] | None = None, used: Iterable[str] = ()) -> None:
+    """`check_plans` without the block "fratmae"."""
+    _dict(plans, where, "the file")
     for name in ("plans_name", "dataset_name"):
         plain_name(_need(plans, name, where, ""), f"{where}: {name}")
     forward = _need(plans, "transpose_forward", where, "")
@@ -166,8 +173,6 @@ def _check(plans: dict[str, Any], where: str, dataset_json: dict[str, Any] | Non
             config = resolve(configurations, name, where)
             _check_configuration(config, f"configurations.{name}", where)
             _check_channels(config, properties, dataset_json, f"configurations.{name}", where)
-    if "fratmae" in plans:
-        check_settings(plans, where)
 
 
 def _check_folders(configurations: dict[str, Any], where: str) -> None:

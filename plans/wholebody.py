@@ -27,7 +27,7 @@ from tqdm import tqdm
 from nnunet_fratmae.base.command import UserError
 from nnunet_fratmae.base.pool import map_cases
 from plans.extension import channel_modalities, find_channels
-from plans.preprocessed import replaced
+from plans.preprocessed import reading_case, replaced
 from plans.units import PRETRAINING_UNITS
 
 MOST_SATURATED = 0.05  # share of a study above the PET's upper limit; hot kidneys and bladder are well below 1 %
@@ -114,8 +114,10 @@ def check_preprocessed(folder: Path, dataset_json: dict[str, Any]) -> None:
     """
     dataset, channels = nnUNetDatasetBlosc2(str(folder)), find_channels(dataset_json)
     for case in tqdm(dataset.identifiers, "Units"):
-        data = dataset.load_case(case)[0]
-        check_units(case, {modality: data[channel] for modality, channel in channels.items()})
+        with reading_case(folder / f"{case}.b2nd"):
+            data = dataset.load_case(case)[0]
+            volumes = {modality: data[channel] for modality, channel in channels.items()}
+        check_units(case, volumes)
 
 
 def write_store(
