@@ -115,7 +115,7 @@ class FratMAEUNETR(nn.Module):
         strides: of the decoder's steps from the tokens to the voxels, deepest first (plans/strides.py); None: those
             of isotropic voxels.
         clip: lowest and highest value of CT and of PET in pretraining units, None for one that the plans clip already.
-        deep_supervision: nnU-Net passes it; UNETR has one output, so it must be off.
+        deep_supervision: nnU-Net passes it; UNETR has one output, so it must be off (SystemExit with one line).
     """
 
     def __init__(
@@ -144,7 +144,10 @@ class FratMAEUNETR(nn.Module):
         if not channels or len(set(channels)) < len(channels) or not set(channels) <= set(range(input_channels)):
             raise ValueError(f"modalities {list(modalities)} do not name one or two of {input_channels} input channels")
         if deep_supervision:
-            raise ValueError("UNETR has no deep supervision; train it with FratMAETrainer")
+            # SystemExit: only nnU-Net's own trainers ask for it, and this is our first place to meet them
+            raise SystemExit(f"FratMAE: error: the network of these plans ({type(self).__name__}) is trained by "
+                             "-tr FratMAETrainer, classes of whole bodies by -tr FratMAEStagingTrainer; nnU-Net's own "
+                             "trainers take their own plans (-p nnUNetPlans)")  # fmt: skip
         self.input_channels, self.channels, self.axes = input_channels, channels, list(axes)
         self.tap_layers = tap_layers(depth)
         self.register_buffer("scale", torch.tensor(scale)[used].view(1, -1, 1, 1, 1), persistent=False)
