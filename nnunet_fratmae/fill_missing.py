@@ -17,10 +17,17 @@ from typing import Any
 import SimpleITK as sitk
 
 from nnunet_fratmae.base.command import UserError, run_command
+<<<<<<< HEAD
 from nnunet_fratmae.base.files import renamed, writing_to
 from nnunet_fratmae.base.volumes import read_image
 from plans.extension import channel_modalities, find_channels
 from plans.inputs import on_one_grid
+=======
+from nnunet_fratmae.base.files import renamed
+from plans.dataset_json import check_dataset_json
+from plans.extension import channel_modalities, find_channels
+from plans.reader import check_plans
+>>>>>>> plans
 from plans.settings import Settings
 from plans.staging import NETWORK as STAGING_NETWORK
 from plans.staging import STAGING_CONFIGURATION
@@ -81,9 +88,11 @@ def read_model(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """
     try:
         plans, dataset_json = (json.loads((folder / name).read_text()) for name in ("plans.json", "dataset.json"))
-    except (OSError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"-m {folder}: plans.json or dataset.json cannot be read ({type(error).__name__}); give a "
                         "folder FratMAETrainer__... of nnUNet_results") from None  # fmt: skip
+    check_dataset_json(dataset_json, str(folder / "dataset.json"))
+    check_plans(plans, str(folder / "plans.json"), dataset_json)
     if "fratmae" not in plans:
         raise UserError(f"-m {folder}: is no model of FratMAETrainer, so it needs CT and PET of every case")
     if len(find_channels(dataset_json)) < len(MODALITIES):

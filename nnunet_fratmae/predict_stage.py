@@ -18,7 +18,13 @@ import numpy as np
 
 from nnunet_fratmae.base.command import UserError, check_device, run_command
 from nnunet_fratmae.base.files import renamed
+<<<<<<< HEAD
 from plans.extension import JOINT_NETWORK, channel_modalities, find_channels, find_modalities
+=======
+from plans.dataset_json import check_dataset_json
+from plans.extension import JOINT_NETWORK, channel_modalities, find_modalities
+from plans.reader import check_plans, check_whole_body
+>>>>>>> plans
 from plans.settings import STACKS, Settings
 from plans.staging import NETWORK, STAGING_CONFIGURATION, staging_plans
 from plans.units import PRETRAINING_UNITS
@@ -100,17 +106,23 @@ def read_model(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """
     try:
         plans, dataset_json = (json.loads((folder / name).read_text()) for name in ("plans.json", "dataset.json"))
-    except (OSError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"-m {folder}: plans.json or dataset.json cannot be read ({type(error).__name__}); give a "
                         "folder ...__FratMAEPlans__wholebody of nnUNet_results") from None  # fmt: skip
-    architectures = [config.get("architecture", {}) for config in plans.get("configurations", {}).values()]
-    for architecture in architectures:
-        if architecture.get("network_class_name") == JOINT_NETWORK:
-            return staging_plans(plans, architecture["arch_kwargs"]["stages"]["classes"]), dataset_json
-    if NETWORK not in [architecture.get("network_class_name") for architecture in architectures]:
+    configurations = plans.get("configurations") if isinstance(plans, dict) else None
+    configurations = configurations.values() if isinstance(configurations, dict) else ()
+    architectures = [config.get("architecture") for config in configurations if isinstance(config, dict)]
+    networks = [a.get("network_class_name") for a in architectures if isinstance(a, dict)]
+    if NETWORK not in networks and JOINT_NETWORK not in networks:
         raise UserError(f"-m {folder}: has no classifier; give a model of FratMAEStagingTrainer, or of FratMAETrainer "
                         "with finetune.stage_weight above 0 (nnUNetv2_predict segments)")
-    return plans, dataset_json
+    check_dataset_json(dataset_json, str(folder / "dataset.json"))
+    check_plans(plans, str(folder / "plans.json"), dataset_json)
+    check_whole_body(plans, str(folder / "plans.json"))
+    if JOINT_NETWORK not in networks:
+        return plans, dataset_json
+    joint = architectures[networks.index(JOINT_NETWORK)]["arch_kwargs"]
+    return staging_plans(plans, joint["stages"]["classes"]), dataset_json
 
 
 def find_checkpoints(folder: Path, folds: Sequence[str] | None, name: str) -> list[Path]:

@@ -35,7 +35,7 @@ from nnunet_fratmae.optimization import CosineSchedule, parameter_groups
 from plans.dataset_json import check_dataset_json
 from plans.extension import extend_plans, follow_artefact
 from plans.preprocessed import check_fold
-from plans.reader import check_nnunet, check_settings
+from plans.reader import check_names, check_nnunet, check_settings
 from plans.settings import Settings
 from plans.units import MODALITIES
 
@@ -78,6 +78,7 @@ class FratMAETrainer(nnUNetTrainer):
         try:
             check_dataset_json(dataset_json, "dataset.json", labelled=True)
             check_nnunet(plans, where, dataset_json, used=[configuration])
+            check_names(plans, where)
         except UserError as error:
             raise SystemExit(f"{type(self).__name__}: error: {error}") from None
         try:

@@ -29,7 +29,7 @@ from plans.extension import (
 )
 from plans.fields import require
 from plans.preprocessed import PLANS_NAME, check_split_cases, check_splits, planning, read_json, replaced
-from plans.reader import check_plans, check_settings, check_whole_body, resolve
+from plans.reader import check_names, check_plans, check_settings, check_whole_body, resolve
 from plans.settings import Settings, add_arguments, override
 
 if TYPE_CHECKING:
@@ -125,6 +125,7 @@ def _plans_that_are_there(preprocessed: Path, name: str) -> dict[str, Any]:
         raise UserError(f"-plans_name {name}: {path} {'is not there' if not plans else 'has no FratMAE plans'}; bring "
                         "some with nnUNetv2_move_plans_between_datasets, or plan without -plans_name")  # fmt: skip
     check_plans(plans, str(path))
+    check_names(plans, str(path))
     for field, wanted in (("plans_name", name), ("dataset_name", preprocessed.name)):
         require(plans[field] == wanted, f"{path}: {field} is {plans[field]}; write {wanted}, or nnU-Net would look for "
                 "the other")  # fmt: skip

@@ -30,6 +30,7 @@ from plans.settings import (
 
 OURS = "nnunet_fratmae.networks."
 SPATIAL = ("3d_fullres", "wholebody")  # the configurations that our commands read
+NAMES = ("plans_name", "dataset_name")  # of files and folders; a model folder does without them
 INTENSITIES = ("mean", "std", "percentile_00_5", "percentile_99_5")
 CLASS_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
@@ -54,6 +55,7 @@ def load_plans(preprocessed: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         raise UserError(f"{path} is not there; run fratmae_plan_and_preprocess -d {dataset_id} first")
     dataset_json = read_dataset_json(preprocessed / "dataset.json")
     plans = read_plans(path, dataset_json)
+    check_names(plans, str(path))
     _need(plans, "fratmae", str(path), "")
     _need(plans["configurations"], "3d_fullres", str(path), "configurations")
     return plans, dataset_json
@@ -86,6 +88,12 @@ def check_plans(plans: Any, where: str, dataset_json: dict[str, Any] | None = No
     check_nnunet(plans, where, dataset_json, used)
     if "fratmae" in plans:
         check_settings(plans, where)
+
+
+def check_names(plans: Mapping[str, Any], where: str) -> None:
+    """Raises UserError where plans do not say their name or that of their dataset, by which nnU-Net finds folders."""
+    for name in NAMES:
+        _need(plans, name, where, "")
 
 
 def check_settings(plans: Mapping[str, Any], where: str) -> Settings:
@@ -135,7 +143,8 @@ def resolve(configurations: Mapping[str, Any], name: str, where: str = "plans.js
     while parent is not None:
         there = ", ".join(map(shown_name, configurations))
         known = isinstance(parent, str) and parent in configurations
-        require(known, f"{where}: configuration {str(parent)[:40]} is not in the plans; there are {there}")
+        asked = shown_name(parent) if isinstance(parent, str) else shown(parent)
+        require(known, f"{where}: configuration {asked} is not in the plans; there are {there}")
         require(parent not in chain, f"{where}: configurations.{parent}.inherits_from leads back to itself")
         chain.append(parent)
         parent = _dict(configurations[parent], where, f"configurations.{parent}").get("inherits_from")
@@ -152,8 +161,9 @@ def resolve(configurations: Mapping[str, Any], name: str, where: str = "plans.js
 def check_nnunet(plans: Any, where: str, dataset_json: dict[str, Any] | None = None, used: Iterable[str] = ()) -> None:
     """`check_plans` without the block "fratmae"."""
     _dict(plans, where, "the file")
-    for name in ("plans_name", "dataset_name"):
-        plain_name(_need(plans, name, where, ""), f"{where}: {name}")
+    for name in NAMES:
+        if name in plans:
+            plain_name(plans[name], f"{where}: {name}")
     forward = _need(plans, "transpose_forward", where, "")
     require(_is_permutation(forward), f"{where}: transpose_forward={shown(forward)}: must be 0, 1 and 2 in some order")
     inverse = [forward.index(axis) for axis in range(3)]
@@ -234,7 +244,7 @@ def _check_channels(
         _class(scheme, where, f"{field}.normalization_schemes")
     if dataset_json is not None:
         channels = len(dataset_json.get("channel_names", dataset_json.get("modality", {})))
-        require(len(schemes) == channels, f"{where}: {field}.normalization_schemes has {len(schemes)} entries, "
+        require(len(schemes) >= channels, f"{where}: {field}.normalization_schemes has {len(schemes)} entries, "
                 f"dataset.json has {channels} channels")  # fmt: skip
     masks = config.get("use_mask_for_norm", [False] * len(schemes))
     right = isinstance(masks, list) and len(masks) == len(schemes) and all(isinstance(mask, bool) for mask in masks)
