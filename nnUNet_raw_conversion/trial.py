@@ -22,6 +22,7 @@ from nnUNet_raw_conversion.folders import PatientFolders, nifti_cases, without_t
 
 ALL = 0
 IMAGES = ("PT", "CT")
+UNREADABLE = "could not be read and are left out"
 AGE_TOLERANCE = 2  # years by which StudyDate minus PatientAge may differ in one patient
 # HD16, HD-17, "GHSG HD 18"; but not the "HD" of a reconstruction in front of "18F"
 _TRIAL = re.compile(r"(?<![A-Za-z0-9])HD[ _-]?([12]\d)(?![A-Za-z0-9])", re.I)
@@ -51,6 +52,8 @@ class Visit:
     files: dict[str, Path] = field(default_factory=dict)
     problem: str = ""
     """Why it cannot be converted."""
+    code: str = ""
+    """Of the problem, for `UserError`."""
     order: tuple = ()
     """Puts the visits of a patient in order; () if the study has no date."""
     folders: tuple[str, ...] = ()
@@ -88,7 +91,7 @@ def find_visits(
             messages.append(f"-i {folders.root}: the folders {folders.level + 1} levels below it are taken for "
                             "patients; if they are not, say --patient-level N")  # fmt: skip
     if unreadable:
-        messages.append(f"{unreadable} DICOM files or folders could not be read and are left out")
+        messages.append(f"{unreadable} DICOM files or folders {UNREADABLE}")
     return _without_doubles(visits), [one for one in series.values() if one.modality in ("RTSTRUCT", "SEG")], messages
 
 
@@ -261,7 +264,7 @@ def _visits_of(trial: str, patient: str, series: list[Series], people: _People, 
             pet, why = choose_pet(pets)
             visits.append(replace(one, pet=pet, why=why))
         except UserError as error:
-            visits.append(replace(one, problem=problem or str(error)))
+            visits.append(replace(one, problem=problem or str(error), code="" if problem else "PET_UNUSABLE"))
     return visits
 
 

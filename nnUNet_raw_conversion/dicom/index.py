@@ -53,7 +53,9 @@ class Series:
     lost: int = 0
     """Files beside its own that cannot be read and may be slices of it."""
     beds: tuple[Series, ...] = ()
-    """More series of the same body, at other ranges of beds, see `beds.same_body`."""
+    """More series of the same body, at other ranges of beds, see `beds.with_beds`."""
+    remarks: tuple[str, ...] = ()
+    """What the user should know about the choice of it, one sentence each."""
 
     @property
     def parts(self) -> tuple[Series, ...]:
