@@ -18,6 +18,7 @@ from pathlib import Path
 from nnunet_fratmae.base.command import UserError, run_command
 from nnUNet_raw_conversion.clinical import ClinicalRecord, name_patients
 from nnUNet_raw_conversion.conversion import Loaded, Study, convert_studies
+from nnUNet_raw_conversion.dicom.believed import believed
 from nnUNet_raw_conversion.dicom.choose import choose_lesions, usable_cts
 from nnUNet_raw_conversion.dicom.index import Series, read_header
 from nnUNet_raw_conversion.dicom.lesions import read_lesions
@@ -83,7 +84,7 @@ def _load_dicom(recipe: Recipe) -> Loaded:
     visit = recipe.visit
     pet, notes = read_pet(visit.pet, recipe.override)
     used, rois, lesions = {"PET": visit.why}, [], None
-    ct, used["CT"], ct_notes = read_ct(visit.series, visit.pet, pet, recipe.trust_study)
+    ct, ct_series, used["CT"], ct_notes = read_ct(visit.series, visit.pet, pet, recipe.trust_study)
     notes += ct_notes
     if recipe.contours:
         used["lesions"] = recipe.contours_why
@@ -92,7 +93,11 @@ def _load_dicom(recipe: Recipe) -> Loaded:
         # Drawn on the grid that is written: contours resampled as masks would lose what is smaller than voxels
         target = target_grid(ct, pet, recipe.grid)
         image = pet if recipe.grid == "pet" else resample_to(pet, target, 0)
-        lesions, rows = read_lesions(recipe.contours, image, visit.pet.frame_uid, recipe.lesion_roi)
+        drawn_on = [(visit.pet, pet)] + ([(ct_series, ct)] if ct_series else [])
+        trusted = believed(recipe.contours, visit.pet.frame_uid, drawn_on)
+        if trusted:
+            notes.append("the contours name another frame of reference, but this very series, and lie on its slices")
+        lesions, rows = read_lesions(recipe.contours, image, visit.pet.frame_uid, recipe.lesion_roi, trusted)
         rois = [asdict(row) for row in rows]
     elif "lesions" in visit.files:
         used["lesions"] = "a NIfTI file in the study's folder"

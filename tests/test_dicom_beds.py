@@ -134,7 +134,8 @@ def write_ct_part(folder, first, last, name, **tags):
 def ct_of(folder, **how):
     series, _ = scan(folder, progress=False)
     pet, _ = choose_pet(series)
-    return read_ct(series, pet, read_pet(pet)[0], **how)
+    ct, _, why, notes = read_ct(series, pet, read_pet(pet)[0], **how)
+    return ct, why, notes
 
 
 def test_two_ranges_of_ct_are_one_body(tmp_path):

@@ -132,7 +132,7 @@ def choose_lesions(
         [("RTSTRUCT" or "SEG", file), ...], the newest first, and why these, with the descriptions of several.
     """
     files = [
-        (one, file, _references(file)) for one in series if one.modality in ("RTSTRUCT", "SEG") for file in one.files
+        (one, file, references(file)) for one in series if one.modality in ("RTSTRUCT", "SEG") for file in one.files
     ]
     ways = {
         "drawn on the PET": lambda one, refers: pet.uids & refers.series,
@@ -227,7 +227,7 @@ def _length(series: Series) -> float:
 
 
 @dataclass(frozen=True)
-class _References:
+class References:
     """What an RTSTRUCT or SEG refers to, and when it was made."""
 
     series: frozenset[str]
@@ -238,12 +238,12 @@ class _References:
 
 
 @lru_cache(maxsize=4096)
-def _references(file: Path) -> _References:
+def references(file: Path) -> References:
     """RTSTRUCT: PS3.3 C.8.8.5 (Structure Set); SEG: C.12.2 (Common Instance Reference)."""
     try:
         header = read_header(file)
     except Exception:  # a damaged file makes pydicom raise nearly anything; without a reference it is used nowhere
-        return _References(frozenset(), frozenset(), "", frozenset())
+        return References(frozenset(), frozenset(), "", frozenset())
     drawn_on, frames = [], [header.get("FrameOfReferenceUID")]
     for frame in header.get("ReferencedFrameOfReferenceSequence") or ():
         frames.append(frame.get("FrameOfReferenceUID"))
@@ -258,13 +258,13 @@ def _references(file: Path) -> _References:
     )
     names, segments = [str(roi.get("ROIName", "")) for roi in rois], header.get("SegmentSequence") or ()
     names += [f"{header.get('SeriesDescription')}/{segment.get('SegmentLabel')}" for segment in segments]
-    return _References(
+    return References(
         frozenset(map(str, filter(None, drawn_on))), frozenset(map(str, filter(None, frames))), next(times, ""),
         frozenset(names),
     )  # fmt: skip
 
 
-def _superseded(refers: _References, all_of_them: Iterable[_References]) -> bool:
+def _superseded(refers: References, all_of_them: Iterable[References]) -> bool:
     """Whether newer files have all its ROIs; of two of the same time, or of unknown, none is the newer one."""
     newer = {name for other in all_of_them if other.when > refers.when > "" for name in other.roi_names}
     return bool(refers.roi_names) and refers.roi_names <= newer

@@ -34,8 +34,8 @@ def read_pet(pet: Series, override: SuvOverride | None = None) -> tuple[sitk.Ima
 
 def read_ct(
     series: Sequence[Series], pet: Series, suv: sitk.Image, trust_study: bool = False
-) -> tuple[sitk.Image | None, str, list[str]]:
-    """The CT of a visit in HU, why this one, and what the user should know; None and why there is none.
+) -> tuple[sitk.Image | None, Series | None, str, list[str]]:
+    """The CT of a visit in HU, its series, why this one, and what the user should know; None and why there is none.
 
     If the best one has a fault (two passes in one series, slices that are missing) the next best is taken, provided
     that it shows as much of the PET.
@@ -51,7 +51,7 @@ def read_ct(
         if chosen is None or (fault and coverage(chosen, pet) < ENOUGH * needed):
             if fault:
                 raise fault
-            return None, why, []
+            return None, None, why, []
         needed = needed or coverage(chosen, pet)
         images = []
         for part in chosen.parts:
@@ -69,7 +69,7 @@ def read_ct(
             notes += said
         else:
             ct = images[0] if len(images) == 1 else join(images, EMPTY["CT"])
-            return ct, why, [note if note.startswith(("CT", "the CT")) else f"CT: {note}" for note in
+            return ct, chosen, why, [note if note.startswith(("CT", "the CT")) else f"CT: {note}" for note in
                              dict.fromkeys((*chosen.remarks, *notes))]  # fmt: skip
 
 
