@@ -8,8 +8,10 @@ from scipy import ndimage, stats
 
 from nnunet_fratmae.base.command import UserError
 from nnUNet_raw_conversion.geometry import (
+    as_float,
     canonical,
     check_finite,
+    grid_distance,
     overlap_fraction,
     resample_to,
     same_grid,
@@ -90,7 +92,7 @@ def outline_agreement(ct: sitk.Image, pet: sitk.Image) -> float | None:
 
 
 def _checked_ct(ct: sitk.Image, notes: list[str]) -> sitk.Image:
-    ct = sitk.Cast(ct, sitk.sitkFloat32)
+    ct = as_float(ct)
     hu = sitk.GetArrayViewFromImage(ct)
     check_finite(hu, "CT")
     low, high = hu.min(), hu.max()
@@ -106,7 +108,7 @@ def _checked_ct(ct: sitk.Image, notes: list[str]) -> sitk.Image:
 
 
 def _checked_pet(pet: sitk.Image, notes: list[str]) -> sitk.Image:
-    pet = sitk.Cast(pet, sitk.sitkFloat32)
+    pet = as_float(pet)
     suv = sitk.GetArrayViewFromImage(pet)
     check_finite(suv, "PET")
     negative, total = -suv[suv < 0].sum(dtype=float), np.abs(suv).sum(dtype=float)
@@ -142,11 +144,19 @@ def _on_grid(
     """`image` on the grid of `target`, and exactly there: rounding errors of headers shall not reach nnU-Net."""
     turned = canonical(image)
     if same_grid(turned, target):
-        turned.CopyInformation(target)
-        return turned
+        return _exactly(turned, target)
     whose = {"pet": "the PET's grid", "ct": "the CT's grid"}.get(grid, f"a grid of {grid} mm")
     notes.append(f"{name} resampled to {whose}")
     return resample_to(image, target, fill)
+
+
+def _exactly(image: sitk.Image, target: sitk.Image) -> sitk.Image:
+    """`image`, which is on the grid of `target` but for rounding; a copy only where that is needed."""
+    if grid_distance(image, target) == 0:
+        return image
+    image = sitk.Image(image)
+    image.CopyInformation(target)
+    return image
 
 
 def _lesions_on(lesions: sitk.Image, target: sitk.Image, notes: list[str]) -> sitk.Image:
@@ -154,8 +164,7 @@ def _lesions_on(lesions: sitk.Image, target: sitk.Image, notes: list[str]) -> si
     keeps volumes and smooth surfaces where nearest neighbours make steps and lose thin parts by chance."""
     turned = canonical(lesions)
     if same_grid(turned, target):
-        turned.CopyInformation(target)
-        return turned
+        return _exactly(turned, target)
     result = resample_to(lesions, target, 0) >= 0.5
     before, after = (np.count_nonzero(sitk.GetArrayViewFromImage(i)) * np.prod(i.GetSpacing()) / 1000
                      for i in (lesions, result))  # fmt: skip

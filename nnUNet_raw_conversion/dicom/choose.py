@@ -171,6 +171,12 @@ def coverage(ct: Series, pet: Series) -> float:
     return max(0.0, min(high, pet_high) - max(low, pet_low)) / max(pet_high - pet_low, 1e-6)
 
 
+def voxels_of(series: Series) -> int:
+    """How many voxels a series has, by the header of one of its files."""
+    frames = _number(series.header, "NumberOfFrames", 1)
+    return int(len(series.files) * frames * _number(series.header, "Rows") * _number(series.header, "Columns"))
+
+
 def label(series: Series) -> str:
     """What a series is called in reports."""
     return series.description or "no description"

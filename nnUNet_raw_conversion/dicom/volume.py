@@ -13,11 +13,13 @@ from nnunet_fratmae.base.command import UserError
 from nnUNet_raw_conversion.dicom.fields import text_of
 from nnUNet_raw_conversion.dicom.index import Series
 from nnUNet_raw_conversion.dicom.limits import MOST_VOXELS
-from nnUNet_raw_conversion.dicom.voxels import Slice, numbers_of, read_frames, rescaled
+from nnUNet_raw_conversion.dicom.voxels import EMPTY, Slice, numbers_of, read_frames, rescaled
 
 # Headers round positions to 0.1 mm at worst. 0.1 mm is 1/20 of the thinnest slices that whole-body scans have.
 EVEN_MM = 0.1
 COSINE_TOLERANCE = 1e-3
+SLAB = 32
+"""Slices that are made voxels of an image at a time."""
 # What tells the frames of a dynamic or gated series at one position from each other.
 FRAME_TIMES = ("AcquisitionDate", "AcquisitionTime", "AcquisitionDateTime", "FrameReferenceTime", "TriggerTime",
                "FrameReferenceDateTime", "FrameAcquisitionDateTime", "TemporalPositionIndex", "AcquisitionNumber",
@@ -40,9 +42,7 @@ class Volume:
 
     def image(self) -> sitk.Image:
         image = sitk.GetImageFromArray(self.values)
-        image.SetSpacing(self.spacing)
-        image.SetOrigin(self.origin)
-        image.SetDirection(self.direction.ravel().tolist())
+        _place(image, self)
         return image
 
 
@@ -64,12 +64,45 @@ def read_volume(series: Series) -> tuple[sitk.Image, list[pydicom.Dataset], list
             missing, uneven, of several sizes or directions; the gantry was tilted; several frames (dynamic, gated) or
             contradicting copies of one slice.
     """
-    volume = read_slices(series)
-    return volume.image(), volume.headers, volume.notes
+    stack = _stack(series)
+    slices, what = stack.slices, stack.what
+    rows, columns = slices[0].stored.shape
+    image = sitk.Image([columns, rows, len(slices)], sitk.sitkFloat32)
+    lowest = EMPTY["CT"] if series.modality == "CT" else -np.inf
+    low = False
+    for first in range(0, len(slices), SLAB):
+        slab = np.stack([rescaled(one, what) for one in slices[first : first + SLAB]])
+        low |= bool(slab.min() < lowest)
+        image[:, :, first : first + SLAB] = sitk.GetImageFromArray(np.maximum(slab, lowest, dtype=np.float32))
+        slices[first : first + SLAB] = [None] * len(slab)  # one copy of the voxels is enough
+    _place(image, stack)
+    return image, stack.headers, stack.notes + [f"CT padding below {lowest:g} HU raised to {lowest:g}"] * low
 
 
 def read_slices(series: Series) -> Volume:
     """As `read_volume`, with the voxels still as an array."""
+    stack = _stack(series)
+    values = np.empty((len(stack.slices), *stack.slices[0].stored.shape), dtype=np.float32)
+    for k in range(len(values)):
+        values[k] = rescaled(stack.slices[k], stack.what)
+        stack.slices[k] = None
+    return Volume(values, stack.spacing, stack.origin, stack.direction, stack.headers, stack.notes)
+
+
+@dataclass
+class _Stack:
+    """The slices of a series in their order, and where they lie."""
+
+    slices: list[Slice | None]
+    headers: list[pydicom.Dataset]
+    spacing: tuple[float, float, float]
+    origin: tuple[float, float, float]
+    direction: np.ndarray
+    notes: list[str]
+    what: str
+
+
+def _stack(series: Series) -> _Stack:
     what = f"{series.modality} series '{series.description}'"
     notes: list[str] = []
     slices = _images_only(_all_frames(series, what), what, notes)
@@ -81,13 +114,15 @@ def read_slices(series: Series) -> Volume:
     step = _slice_spacing(positions, direction, what)
     row_spacing, column_spacing = numbers_of(slices[0].header, "PixelSpacing", 2, what)
     _check_count(slices, notes)
+    origin = tuple(map(float, positions[0]))
     headers = [one.header for one in slices]
-    values = np.empty((len(slices), *slices[0].stored.shape), dtype=np.float32)
-    for k, header in enumerate(headers):
-        values[k] = rescaled(slices[k], what)
-        slices[k] = Slice(header, None)  # one copy of the voxels is enough
-    return Volume(values, (column_spacing, row_spacing, step), tuple(map(float, positions[0])), direction, headers,
-                  notes)  # fmt: skip
+    return _Stack(slices, headers, (column_spacing, row_spacing, step), origin, direction, notes, what)
+
+
+def _place(image: sitk.Image, where: Volume | _Stack) -> None:
+    image.SetSpacing(where.spacing)
+    image.SetOrigin(where.origin)
+    image.SetDirection(where.direction.ravel().tolist())
 
 
 def _all_frames(series: Series, what: str) -> list[Slice]:
