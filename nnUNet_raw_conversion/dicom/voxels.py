@@ -117,7 +117,8 @@ def _stored(dataset: pydicom.Dataset, what: str) -> np.ndarray:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            stored = pixel_array(dataset)  # Dataset.pixel_array would keep a second copy
+            # Dataset.pixel_array would keep a second copy; the bits above the value may be those of padding
+            stored = pixel_array(dataset, correct_unused_bits=False)
     except MemoryError:
         raise
     except Exception:
