@@ -81,7 +81,7 @@ def test_padding_below_air_that_is_not_declared_is_raised_and_told(tmp_path):
 
 
 def test_padding_of_pet_is_0(tmp_path):
-    for file in write_pet(tmp_path, slopes=0.5, signed=True):
+    for file in write_pet(tmp_path, slopes=2.0, signed=True):
         dataset = pydicom.dcmread(file)
         stored = dataset.pixel_array.copy()
         stored[0] = -32768
