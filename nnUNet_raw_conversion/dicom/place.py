@@ -6,6 +6,7 @@ import numpy as np
 import SimpleITK as sitk
 
 from nnunet_fratmae.base.command import UserError
+from nnunet_fratmae.base.hu_suv import AIR_HU
 from nnUNet_raw_conversion.checks import LEAST_OUTLINE_AGREEMENT, outline_agreement
 from nnUNet_raw_conversion.geometry import resample_to
 
@@ -30,7 +31,7 @@ def check_place(ct: sitk.Image, pet: sitk.Image) -> str:
     grid.SetSpacing([COARSE_MM] * 3)
     grid.SetDirection(pet.GetDirection())
     grid.SetOrigin(pet.GetOrigin())
-    ct, pet = resample_to(ct, grid, -1024), resample_to(pet, grid, 0)
+    ct, pet = resample_to(ct, grid, AIR_HU), resample_to(pet, grid, 0)
     here = outline_agreement(ct, pet)
     if here is None:
         raise UserError("CT: is in another frame of reference than the PET, and the images show too little air around "

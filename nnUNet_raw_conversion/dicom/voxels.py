@@ -13,16 +13,17 @@ from pydicom.pixels import get_decoder, pixel_array
 from scipy import ndimage
 
 from nnunet_fratmae.base.command import UserError
+from nnunet_fratmae.base.hu_suv import AIR_HU
 from nnUNet_raw_conversion.dicom.fields import field_name
 from nnUNet_raw_conversion.dicom.limits import check_file, check_pixels
 
 VOXELS = ("PixelData", "FloatPixelData", "DoubleFloatPixelData")
 FRAME_GROUPS = ("SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence")
-EMPTY = {"CT": -1024.0, "PT": 0.0}
+EMPTY = {"CT": float(AIR_HU), "PT": 0.0}
 """What padding becomes: air in HU, no activity."""
 # The lowest and the highest value that tissue, air, bone and metal have: the extended scale of CT ends at 30 710 HU.
 # In PET nothing is below 0 but noise.
-PLAUSIBLE = {"CT": (-1024.0, 31000.0), "PT": (0.0, np.inf)}
+PLAUSIBLE = {"CT": (float(AIR_HU), 31000.0), "PT": (0.0, np.inf)}
 # What decodes a compressed syntax where pydicom cannot, by what pydicom says that it misses
 INSTALL = {"openjpeg": "pylibjpeg pylibjpeg-openjpeg", "gdcm": "python-gdcm", "libjpeg": "python-gdcm"}
 
