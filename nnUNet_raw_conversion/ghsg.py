@@ -30,6 +30,7 @@ from nnUNet_raw_conversion.patients import (
     PATIENT_COLUMNS,
     Table,
     diagnosis_of,
+    in_known_words,
     known_numbers,
     left_out,
     other_sex,
@@ -163,9 +164,9 @@ def convert_ghsg(args: argparse.Namespace) -> None:
         if row:
             patients_of.setdefault(id(row), set()).add((visit.trial, visit.patient))
             doubtful += [case_id] if len(patients_of[id(row)]) > 1 or other_sex(visit, row) else []
-        record, left = record_of(case_id, visit, row, args.diagnosis, args.tracer)
+        record = record_of(case_id, visit, row, args.diagnosis, args.tracer)
         record = replace(record, diagnosis=record.diagnosis or diagnosis_of(visit, record.tracer))
-        for name in left:
+        for name in in_known_words(row)[1] if row else ():
             shortened.setdefault(name, []).append(case_id)
         studies.append(_study(case_id, recipe, record, case_id in test))
         without_row += bool(args.clinical) and row is None

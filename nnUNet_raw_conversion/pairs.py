@@ -15,12 +15,11 @@ from pathlib import Path
 from nnunet_fratmae.base.command import UserError, run_command
 from nnUNet_raw_conversion.clinical import ClinicalRecord, name_patients, read_clinical
 from nnUNet_raw_conversion.conversion import CASE_NAME, Loaded, Study, convert_studies
-from nnUNet_raw_conversion.diagnoses import known_diagnosis
 from nnUNet_raw_conversion.geometry import read_image
-from nnUNet_raw_conversion.patients import left_out
+from nnUNet_raw_conversion.patients import in_known_words, left_out
 from nnUNet_raw_conversion.pseudonyms import Key, assign, key_file, read_keys, same_number, write_keys
 from nnUNet_raw_conversion.raw_dataset import RawDataset
-from nnUNet_raw_conversion.tracers import tracer_name
+from nnUNet_raw_conversion.splits import SPLITS_FILE, Splits, keep_cases, read_splits, write_splits
 
 
 def find_cases(source: Path, keep_names: bool) -> list[Path]:
@@ -44,7 +43,7 @@ def find_cases(source: Path, keep_names: bool) -> list[Path]:
 
 
 def load_pair(ct: Path, pet: Path, lesions: Path | None) -> Loaded:
-    """Read the files of one case; `lesions` is None for a case without segmentation. Messages do not name its folder."""
+    """Read the files of one case; no message names its folder. `lesions` is None if it has no segmentation."""
     used = {"CT": ct.name, "PET": pet.name, **({"lesions": lesions.name} if lesions else {})}
     mask = read_image(lesions, lesions.name) if lesions else None
     return Loaded(read_image(ct, ct.name), read_image(pet, pet.name), mask, used=used)
@@ -65,7 +64,7 @@ def convert_pairs(args: argparse.Namespace) -> None:
         raise UserError("--keep-names: the folders' names are kept, so there is no table of them; leave out --key-file")
     dataset = RawDataset(args.d, args.n)
     folders = find_cases(args.i, args.keep_names)
-    rows = _rows_of(folders, args.i, args.clinical)
+    rows = _rows_of(folders, args.i, args.clinical, args.keep_names)
     dataset.refuse_existing()
     case_of = {folder.name: folder.name for folder in folders}
     if not args.keep_names:
@@ -73,7 +72,13 @@ def convert_pairs(args: argparse.Namespace) -> None:
     records = _records(rows, case_of, args)
     studies = [make_study(folder, args.ct, args.pet, args.seg, args.unlabelled, records[folder.name])
                for folder in folders]  # fmt: skip
-    convert_studies(dataset, studies, {"command": "fratmae_convert_pairs", "grid": args.grid}, args.np, strict=True)
+    splits = _splits(args, case_of)
+
+    def complete(folder: Path) -> None:
+        write_splits(folder, splits)
+
+    options = {"command": "fratmae_convert_pairs", "grid": args.grid}
+    convert_studies(dataset, studies, options, args.np, strict=True, complete=complete)
 
 
 def main() -> None:
@@ -88,9 +93,11 @@ def main() -> None:
                         "as SEG.nii.gz")  # fmt: skip
     parser.add_argument("--clinical", type=Path, metavar="FILE", help="table of tracer, diagnosis, age, sex and stage, "
                         "relative to -i [clinical.csv if it is there]")  # fmt: skip
+    parser.add_argument("--splits", type=Path, metavar="FILE", help="folds as nnU-Net has them, by the folders' names, "
+                        "relative to -i [splits_final.json if it is there]")  # fmt: skip
     parser.add_argument("--unlabelled", action="store_true", help="cases without segmentation are for pretraining only")
-    parser.add_argument("--keep-names", action="store_true", help="call the cases as their folders, which are pseudonyms "
-                        "already [NAME_0001, ...]")  # fmt: skip
+    parser.add_argument("--keep-names", action="store_true", help="call the cases as their folders, which are "
+                        "pseudonyms already [NAME_0001, ...]")  # fmt: skip
     parser.add_argument("--key-file", type=Path, metavar="FILE", help="table of pseudonyms, read and written "
                         "[key_DIR.csv beside -i]")  # fmt: skip
     parser.add_argument("--grid", default="pet", metavar="GRID", help="grid of the result: pet, ct, or a spacing in mm "
@@ -109,7 +116,24 @@ def _pseudonyms(args: argparse.Namespace, folders: list[Path]) -> dict[str, str]
     return {folder.name: key.case_id for folder, key in zip(folders, named, strict=True)}
 
 
-def _rows_of(folders: list[Path], source: Path, table: Path | None) -> dict[str, ClinicalRecord]:
+def _splits(args: argparse.Namespace, case_of: dict[str, str]) -> Splits:
+    """The user's folds with the cases' names in place of the folders'.
+
+    Raises:
+        UserError: the file is no list of folds, or names a case that is not there.
+    """
+    path = args.i / (args.splits or SPLITS_FILE)
+    if not (args.splits or path.exists()):
+        return []
+    splits = read_splits(path, {folder.lower(): case_id for folder, case_id in case_of.items()})
+    if not keep_cases(splits, case_of.values()):
+        raise UserError(f"{path}: a fold has no case of {args.i} for training or for validation; correct or remove it")
+    return splits
+
+
+def _rows_of(
+    folders: list[Path], source: Path, table: Path | None, keep_names: bool
+) -> dict[str, ClinicalRecord]:
     """The rows of the clinical table by folder; a row without a folder is only worth a warning.
 
     A row is found by the folder's name, as it is written or as a spreadsheet leaves it ("0012" is 12)."""
@@ -121,7 +145,8 @@ def _rows_of(folders: list[Path], source: Path, table: Path | None) -> dict[str,
         if folder.name not in found and same_number(folder.name) in others:
             found[folder.name] = rows.pop(others.pop(same_number(folder.name)))
     if rows:
-        print(f"warning: {path} has rows for {len(rows)} cases that are not there", file=sys.stderr)
+        shown = f": {', '.join(list(rows)[:3])}{', ...' if len(rows) > 3 else ''}" if keep_names else ""
+        print(f"warning: {path} has rows for {len(rows)} cases that are not there{shown}", file=sys.stderr)
     return found
 
 
@@ -131,11 +156,10 @@ def _records(
     """One record a folder, empty where the table has none, in known words and under the case's name."""
     records, shortened = {}, {}
     for folder, case_id in case_of.items():
-        row = rows.get(folder, ClinicalRecord(case_id))
-        diagnosis, cut = known_diagnosis(row.diagnosis)
-        for name in ["diagnosis"] * cut + ["tracer"] * bool(row.tracer and not tracer_name(row.tracer)):
+        row, left = in_known_words(rows.get(folder, ClinicalRecord(case_id)))
+        for name in left:
             shortened.setdefault(name, []).append(case_id)
-        records[folder] = replace(row, case_id=case_id, diagnosis=diagnosis, tracer=tracer_name(row.tracer))
+        records[folder] = replace(row, case_id=case_id)
     for message in left_out(shortened, args.i / (args.clinical or "clinical.csv")):
         print(f"warning: {message}", file=sys.stderr)
     if args.keep_names:

@@ -124,24 +124,28 @@ def _odd_cells(cells: list[tuple[int, object]], name: str, path: Path) -> dict[i
 
 def record_of(
     case_id: str, visit: Visit, row: ClinicalRecord | None, diagnosis: str | None = None, tracer: str | None = None
-) -> tuple[ClinicalRecord, list[str]]:
-    """What is known of a case: its row, without what is no known word, and what that leaves open from the headers; and
-    the names of its fields of which something was left out.
+) -> ClinicalRecord:
+    """What is known of a case: its row, and what that leaves open from the headers.
 
     Args:
-        diagnosis, tracer: the user's word where neither row nor header has one.
+        row: of the user's table; what of it is no known word is left out.
+        diagnosis, tracer: the user's word where neither has one.
     """
-    left = []
-    if row:
-        secrets = secrets_of(one.header for one in visit.series)
-        said, shortened = known_diagnosis(row.diagnosis, secrets)
-        left += ["diagnosis"] * shortened + ["tracer"] * bool(row.tracer and not tracer_name(row.tracer))
-        row = replace(row, diagnosis=said, tracer=tracer_name(row.tracer), patient=None)
-    row = row or ClinicalRecord(case_id)
+    row = in_known_words(row or ClinicalRecord(case_id), secrets_of(one.header for one in visit.series))[0]
     said = _from_header(visit.pet.header) if visit.pet else {}
     filled = {name: getattr(row, name) or said.get(name) for name in ("tracer", "age", "sex")}
     filled["tracer"] = filled["tracer"] or tracer
-    return replace(row, case_id=case_id, diagnosis=row.diagnosis or diagnosis, **filled), left
+    return replace(row, case_id=case_id, diagnosis=row.diagnosis or diagnosis, **filled)
+
+
+def in_known_words(
+    row: ClinicalRecord, secrets: frozenset[str] = frozenset()
+) -> tuple[ClinicalRecord, tuple[str, ...]]:
+    """A row of a user's table as it may be written, and the names of the fields of which something was left out."""
+    diagnosis, shortened = known_diagnosis(row.diagnosis, secrets)
+    tracer = tracer_name(row.tracer)
+    left = ("diagnosis",) * shortened + ("tracer",) * (tracer is None and row.tracer is not None)
+    return replace(row, diagnosis=diagnosis, tracer=tracer), left
 
 
 def diagnosis_of(visit: Visit, tracer: str | None) -> str | None:

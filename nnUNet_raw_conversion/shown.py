@@ -56,12 +56,21 @@ def shown_text(text: str, secrets: frozenset[str] = frozenset()) -> str:
     Args:
         secrets: words that are not shown though they are known ones, see `secrets_of`.
     """
+    return _all_shown(text, secrets)[:LONGEST].strip()
+
+
+def _all_shown(text: str, secrets: frozenset[str]) -> str:
     text = "".join(c if c.isprintable() else " " for c in unicodedata.normalize("NFC", text))
     text = _DATE.sub(HIDDEN, text)
     shown = _TOKEN.sub(lambda match: _shown(match, secrets), text)
     shown = re.sub(r"[^\w. %…,/+-]+", "_", shown)  # nothing that a table, a page or a terminal could take for its own
-    shown = re.sub(rf"{HIDDEN}(?:[\W_]*?{HIDDEN})+", HIDDEN, " ".join(shown.split()))
-    return shown[:LONGEST].strip()
+    return re.sub(rf"{HIDDEN}(?:[\W_]*?{HIDDEN})+", HIDDEN, " ".join(shown.split()))
+
+
+def shown_words(text: str, secrets: frozenset[str] = frozenset()) -> str:
+    """The words of `shown_text` alone, without marks for what is left out; "…" if that is all."""
+    words = re.sub(rf"[_/,+{HIDDEN}]+", " ", _all_shown(text, secrets)).split()
+    return " ".join(words)[:LONGEST].strip() or (HIDDEN if text.strip() else "")
 
 
 def secrets_of(headers: Iterable[Dataset]) -> frozenset[str]:

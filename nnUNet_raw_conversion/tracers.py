@@ -36,7 +36,7 @@ _AGENTS: list[tuple[str, str, str]] = [
     ("FDG",
      "2?fdg|18fdg|2?(?:fluoro?|flu)de[sz]?oxyglu[ck]ose|2?deoxy2(?:18f)?fluorod?glu[ck]ose|fluorodesoxiglucosa",
      "18F"),
-    ("PSMA", "psma1007|dcfpyl|piflufolastat|pylarify|rhpsma(?:7|73|10|101)?|flotufolastat|posluma|dcfbc|j?kpsma7|ctpsma",
+    ("PSMA", "psma1007|dcfpyl|piflufolastat|pylarify|rhpsma(?:7|73|10|101)?|flotufolastat|posluma|dcfbc|j?kpsma7",
      "18F 68Ga"),
     ("PSMA", "psma(?:11|617|it|hbedcc|11hbedcc|hbedcc11)|hbedccpsma(?:11)?|gozetotide|illuccix|locametz|gozellix",
      "68Ga 18F 64Cu 89Zr 44Sc 86Y"),
@@ -108,7 +108,8 @@ def _pattern(spellings: str) -> re.Pattern:
     """An agent, once or twice ("FDG -- fluorodeoxyglucose"), with its nuclide before or behind it; nothing in it can be
     repeated without end, for the text is anybody's."""
     nuclide = "|".join(_NUCLIDES.values())
-    return re.compile(f"(?P<before>{nuclide})?(?:f|ga|cu|zr|c|n|o|y)?(?:{spellings})(?:{spellings})?(?P<after>{nuclide})?")
+    element = "(?:f|ga|cu|zr|c|n|o|y)?"
+    return re.compile(f"(?P<before>{nuclide})?{element}(?:{spellings})(?:{spellings})?(?P<after>{nuclide})?")
 
 
 def tracer_of(header: Dataset) -> str | None:

@@ -44,8 +44,8 @@ LESION = _words(
 # Said with a lesion they deny it or take it away; then nobody can tell but who drew it
 DENIAL = _words(
     """
-    no not non none negative without ohne kein keine minus excl excluding except sans sin senza sem zonder benign
-    benigne benigno gutartig subtract subtracted
+    no not non negative without ohne kein keine minus excl excluding except sans sin senza sem zonder benign benigne
+    benigno gutartig subtract subtracted
     """
 )
 REFERENCE = _words(
@@ -151,8 +151,9 @@ SIDES_AND_PARTS = _words(
     und et y e de del des du la le di da der die das von im in am an bei near with mit organ organs oar mask maske roi
     rois voi vois vol volume volumen label labels segments segmentation segmentierung structure struktur copy kopie
     new neu old alt final auto manual manuell expert reader model prediction pred uptake aufnahme anreicherung suv
-    suvmax pet ct thr threshold isocontour contour percent fixed adaptive n p t a b c d number nr sphere sphäre kugel
-    cube würfel main other others types type mm cm s index target first second third gross residual baseline followup
+    suvmax i v ii iii iv nothing cut pet ct thr threshold isocontour contour percent fixed adaptive n p t a b c d
+    number nr sphere sphäre kugel cube würfel main other others types type mm cm s index target first second third
+    gross residual baseline followup
     """
 )
 IMAGING = _words(
@@ -182,7 +183,7 @@ IMAGING = _words(
     fdg psma dotatate dotatoc dotanoc fes naf flt fet fdopa dopa fapi choline methionine acetate fluciclovine
     fluoroestradiol fluorodeoxyglucose piflufolastat flotufolastat gozetotide dcfpyl rhpsma florbetapir florbetaben
     flutemetamol flortaucipir ammonia rubidium pentixafor fmiso tracer glucose fluorine gallium copper carbon
-    zirconium iodine none start admin units missing cnts prop linear
+    zirconium iodine none x good best other half nachtrag addendum tracking start admin units missing cnts prop linear
     """
 )  # fmt: skip
 # Also in front of or behind others without a space (Lebermetastase, Blutpool, lymphnode), so of some letters at least

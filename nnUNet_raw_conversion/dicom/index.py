@@ -15,7 +15,7 @@ from pydicom.tag import Tag
 from tqdm import tqdm
 
 from nnunet_fratmae.base.command import UserError
-from nnUNet_raw_conversion.shown import secrets_of, shown_text
+from nnUNet_raw_conversion.shown import secrets_of, shown_words
 
 FRAME_OF_REFERENCE = Tag("FrameOfReferenceUID")
 # The contours of an RTSTRUCT and the voxels: large, and no part of a header.
@@ -36,7 +36,7 @@ class Series:
     frame_uid: str
     """Frame of reference of the images, or that an RTSTRUCT refers to; "" if there is none."""
     description: str
-    """What may be shown of SeriesDescription, see `shown.shown_text`."""
+    """What may be shown of SeriesDescription, see `shown.shown_words`."""
     date: str
     """StudyDate YYYYMMDD or ""; to put studies in order, never shown."""
     files: tuple[Path, ...]
@@ -138,4 +138,4 @@ def _text(header: pydicom.Dataset, keyword: str) -> str:
 
 
 def _description(header: pydicom.Dataset) -> str:
-    return shown_text(_text(header, "SeriesDescription"), secrets_of([header]))
+    return shown_words(_text(header, "SeriesDescription"), secrets_of([header]))

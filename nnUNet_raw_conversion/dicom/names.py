@@ -83,11 +83,14 @@ def kind_of(name: str, stated: str | Kind = "") -> Kind:
     """What the ROI of this name is.
 
     Args:
-        stated: its RT ROI Interpreted Type, or what its codes say (`kind_of_codes`), which go before the name.
+        stated: its RT ROI Interpreted Type, or what its codes say (`kind_of_codes`), which go before a name that says
+            nothing; where they contradict it, the case waits rather than being labelled.
     """
-    if isinstance(stated, Kind):
-        return stated
     by_name = _kind_of_name(name)
+    if stated is Kind.LESION:  # not of a "Liver": there are programs that give every segment the same code
+        return Kind.NONE if by_name is Kind.NONE else Kind.LESION
+    if stated is Kind.NONE:
+        return Kind.UNKNOWN if by_name is Kind.LESION else Kind.NONE
     if stated in NO_LESION_TYPES:
         return Kind.NONE
     if stated == "GTV" and by_name is Kind.NONE and not NO_LESION.search(_spaced(name)):
@@ -99,11 +102,13 @@ def kind_of_codes(segment: Dataset) -> Kind | None:
     """What the codes of a segment (PS3.3 C.8.20.4) say it is; None where they say nothing ("Tissue", "Organ")."""
     category = _code(segment, "SegmentedPropertyCategoryCodeSequence")
     kind = _code(segment, "SegmentedPropertyTypeCodeSequence")
+    if category is None or kind is None:
+        return None
     if kind in _OTHER_TYPES or category in _NO_TISSUE:
         return Kind.NONE
     if kind in _LESION_TYPES or category == _ABNORMAL:
         return Kind.LESION
-    if category in _ANATOMY and kind not in (None, codes.SCT.LymphNode, *_ANATOMY):
+    if category in _ANATOMY and kind not in (codes.SCT.LymphNode, *_ANATOMY):
         return Kind.NONE
     return None
 
