@@ -113,4 +113,5 @@ def known_diagnosis(text: str | None, secrets: frozenset[str] = frozenset()) -> 
     if changed:
         kept = re.sub(r"[^\w\0)]*\0(?:[^\w\0(]*\0)*[^\w(]*", " ", kept)
     kept = " ".join(re.sub(r"\(\s*\)|[<>=@|`\\\t]", " ", kept).split()).strip(" ,;:-/(&")
+    kept = re.sub(r"(?i)(?:\s+(?:of|von|vom|de|del|di|du|the|der|des|in|im|bei|with|mit|and|und|et|y|e))+$", "", kept)
     return (kept or None) if diseases else None, changed or (not diseases and bool(kept))

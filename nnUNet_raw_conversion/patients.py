@@ -173,7 +173,7 @@ def still_unknown(records: Sequence[ClinicalRecord]) -> list[str]:
 
 
 def _few(cases: Sequence[str]) -> str:
-    return f"{len(cases)} cases ({', '.join(cases[:3])}{', ...' if len(cases) > 3 else ''})"
+    return f"{len(cases)} case{'s' * (len(cases) > 1)} ({', '.join(cases[:3])}{', ...' if len(cases) > 3 else ''})"
 
 
 def other_sex(visit: Visit, row: ClinicalRecord | None) -> bool:

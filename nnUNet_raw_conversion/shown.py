@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import re
 import unicodedata
+import warnings
 from collections.abc import Iterable
 
 from pydicom import Dataset
 
-from nnUNet_raw_conversion.vocabulary import ALSO_NAMES, IMAGING, folded, known_parts
+from nnUNet_raw_conversion.vocabulary import ALSO_NAMES, IMAGING, folded, known_parts, repaired
 
 HIDDEN = "…"
 LONGEST = 40  # characters of a text that are shown
@@ -60,7 +61,7 @@ def shown_text(text: str, secrets: frozenset[str] = frozenset()) -> str:
 
 
 def _all_shown(text: str, secrets: frozenset[str]) -> str:
-    text = "".join(c if c.isprintable() else " " for c in unicodedata.normalize("NFC", text))
+    text = "".join(c if c.isprintable() else " " for c in unicodedata.normalize("NFC", repaired(text)))
     text = _DATE.sub(HIDDEN, text)
     shown = _TOKEN.sub(lambda match: _shown(match, secrets), text)
     shown = re.sub(r"[^\w. %…,/+-]+", "_", shown)  # nothing that a table, a page or a terminal could take for its own
@@ -76,10 +77,16 @@ def shown_words(text: str, secrets: frozenset[str] = frozenset()) -> str:
 def secrets_of(headers: Iterable[Dataset]) -> frozenset[str]:
     """The words by which headers name or number a person, at any depth: names (VR PN) and `_IDENTIFIERS`."""
     secrets: set[str] = set()
-    for header in headers:
-        for element in _elements(header):
-            if element.VR == "PN" or (element.keyword and _IDENTIFIERS.search(element.keyword)):
-                secrets |= {form for word in re.findall(r"[^\W_]+", str(element.value)) for form in folded(word)}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # they may quote what is in the headers
+        texts = [
+            str(element.value)
+            for header in headers
+            for element in _elements(header)
+            if element.VR == "PN" or (element.keyword and _IDENTIFIERS.search(element.keyword))
+        ]
+    for text in texts:
+        secrets |= {form for word in re.findall(r"[^\W_]+", repaired(text)) for form in folded(word)}
     return frozenset(word for word in secrets if len(word) >= _LEAST_SECRET)
 
 

@@ -20,6 +20,14 @@ def folded(word: str) -> frozenset[str]:
     return frozenset("".join(filter(str.isalnum, unicodedata.normalize("NFKD", form))) for form in (german, plain))
 
 
+def repaired(text: str) -> str:
+    """A text whose UTF-8 was read as Latin-1, as a header without its character set is, read as it was meant."""
+    try:
+        return text.encode("latin-1").decode("utf-8")
+    except UnicodeError:
+        return text
+
+
 def _words(text: str) -> frozenset[str]:
     return frozenset(form for word in text.split() for form in folded(word))
 
@@ -194,7 +202,7 @@ HELPERS = _words("ptv ctv itv irv prv pctv isodose isodosen isodoses bolus avoid
                  "ödem ödeme gy cgy")  # fmt: skip
 # Known words that are names of people as well: they tell what an ROI is, but are not shown
 ALSO_NAMES = _words("costa coste jan mai rene reni hart long longen rein reins massa massen masse masa sano sain sana "
-                    "capo vet rim big rig lies rosa seno sein seins")  # fmt: skip
+                    "capo vet rim big lies rosa seno sein seins")  # fmt: skip
 KNOWN = LESION | DENIAL | REFERENCE | ORGANS | REGIONS | SIDES_AND_PARTS | IMAGING | HELPERS | {"lymph"}
 
 

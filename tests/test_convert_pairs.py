@@ -302,10 +302,10 @@ def test_cases_are_called_by_pseudonyms(convert, source, raw, tmp_path, capsys):
     dataset = raw / "Dataset007_Test"
     kettler, other = case["Kettler, Josephine"], case["0012"]
     rows = dict(line.split(",", 1) for line in (dataset / "clinical.csv").read_text().splitlines()[1:])
-    assert rows == {kettler: f"18F-FDG,Hodgkin lymphoma of,61,,,{min(case.values(), key=list(rows).index)}",
+    assert rows == {kettler: f"18F-FDG,Hodgkin lymphoma,61,,,{min(case.values(), key=list(rows).index)}",
                     other: f",melanoma,50,,,{min(case.values(), key=list(rows).index)}"}  # fmt: skip
     assert json.loads((dataset / "splits_final.json").read_text())[0] == {"train": [kettler], "val": [other]}
-    assert "diagnosis of 1 cases" in err and "tracer of 1 cases" in err and "1 cases that are not there" in err
+    assert "diagnosis of 1 case (" in err and "tracer of 1 case (" in err and "1 cases that are not there" in err
     texts = [out, err, *(str(p) for p in dataset.rglob("*"))]
     texts += [p.read_text() for p in dataset.rglob("*") if p.suffix in (".csv", ".json", ".html")]
     assert not any(name in text for text in texts for name in ("Kettler", "Josephine", "Hanssen"))

@@ -15,7 +15,8 @@ from tests.dicom_files import code
     "GTVp", "Tumour", "spleen lesion", "skin met", "bulky", "headneck LN", "Lesion1", "Lesion 1 41%", "GTV_50 %",
     "Liver met 2", "Lymphknoten axillär links", "métastase hépatique", "lésion osseuse", "lesione ossea",
     "Rundherd OL re", "ganglio axilar", "Lebermetastase", "Liver-Met 2", "GTV-Lung", "GTV ohne Luft", "GTVLee",
-    "GTVMUELLER", "GTV李", "Target lesion 1", "iGTV", "lesão hepática", "uitzaaiing lever", "adénopathie médiastinale", "Lymph node 4R",
+    "GTVMUELLER", "GTV李", "Target lesion 1", "iGTV", "lesão hepática",
+    "uitzaaiing lever", "adénopathie médiastinale", "Lymph node 4R",
 ])  # fmt: skip
 def test_names_of_lesions(name):
     assert kind_of(name) is Kind.LESION

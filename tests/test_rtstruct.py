@@ -461,7 +461,7 @@ def test_select_rois():
     assert select_rois(names, "liver|boost", kinds=["PTV"] * 5) == [False, True, False, False, True]
     with pytest.raises(UserError, match="regular expression"):
         select_rois(names, "gtv(")
-    with pytest.raises(UserError, match="'GTV_1', 2 'Liver'") as error:
+    with pytest.raises(UserError, match=r"none of the ROIs \(1 'GTV_1', 2 'Liver'") as error:
         select_rois(names, "node")
     assert error.value.code == "ROI_NO_LESION"
     with pytest.raises(UserError, match="'Liver'.*--lesion-roi"):

@@ -28,6 +28,7 @@ from nnUNet_raw_conversion.vocabulary import (
     REGIONS,
     SIDES_AND_PARTS,
     known_parts,
+    repaired,
 )
 
 
@@ -153,12 +154,14 @@ def select_rois(
         chosen = [expression.search(name) is not None for name in names]
     if not any(chosen):
         how = "is known as a lesion; name it by" if pattern is None else f"fits {pattern!r}; change"
-        raise UserError(f"none of the {_listed(said) if said else 'ROIs (there are none)'} {how} --lesion-roi",
+        listed = ", ".join(said[:20]) + (", ..." if len(said) > 20 else "")
+        raise UserError(f"none of the ROIs ({listed or 'there are none'}) {how} --lesion-roi",
                         "ROI_NO_LESION")  # fmt: skip
     return chosen
 
 
 def _kind_of_name(name: str) -> Kind:
+    name = repaired(name)
     spaced = _spaced(name)
     if NO_LESION.search(spaced):
         return Kind.NONE
