@@ -48,6 +48,10 @@ _IDENTIFIERS = re.compile(
     "|SubjectReadingID|RequestedProcedureID|ScheduledProcedureStepID|PerformedProcedureStepID|SerialNumber|Institution"
     "|StationName|IssuerOf|Occupation|EthnicGroup|Insurance|MilitaryRank|Religious|PatientComments|CurrentPatientLocation"
 )
+# In place of a name, where there is none
+_NOBODY = frozenset(
+    "pet ct petct wb fdg anonymous anonymized anonym patient phantom scan test unknown study case roi gtv lesion".split()  # noqa: SIM905
+)
 _LEAST_SECRET = 2  # letters or digits; a single one is nobody
 
 
@@ -61,9 +65,15 @@ def shown_text(text: str, secrets: frozenset[str] = frozenset()) -> str:
 
 
 def _all_shown(text: str, secrets: frozenset[str]) -> str:
-    text = "".join(c if c.isprintable() else " " for c in unicodedata.normalize("NFC", repaired(text)))
-    text = _DATE.sub(HIDDEN, text)
-    shown = _TOKEN.sub(lambda match: _shown(match, secrets), text)
+    text = "".join(c if c.isprintable() else " " for c in unicodedata.normalize("NFKC", repaired(text)))
+    shown = None
+    while shown != text:  # numbers that are told apart by what is hidden alone may be of one date
+        shown, text = text, _once(text, secrets)
+    return text
+
+
+def _once(text: str, secrets: frozenset[str]) -> str:
+    shown = _TOKEN.sub(lambda match: _shown(match, secrets), _DATE.sub(HIDDEN, text))
     shown = re.sub(r"[^\w. %…,/+-]+", "_", shown)  # nothing that a table, a page or a terminal could take for its own
     return re.sub(rf"{HIDDEN}(?:[\W_]*?{HIDDEN})+", HIDDEN, " ".join(shown.split()))
 
@@ -76,17 +86,17 @@ def shown_words(text: str, secrets: frozenset[str] = frozenset()) -> str:
 
 def secrets_of(headers: Iterable[Dataset]) -> frozenset[str]:
     """The words by which headers name or number a person, at any depth: names (VR PN) and `_IDENTIFIERS`."""
-    secrets: set[str] = set()
+    named, numbered = set(), set()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # they may quote what is in the headers
-        texts = [
-            str(element.value)
-            for header in headers
-            for element in _elements(header)
-            if element.VR == "PN" or (element.keyword and _IDENTIFIERS.search(element.keyword))
-        ]
-    for text in texts:
-        secrets |= {form for word in re.findall(r"[^\W_]+", repaired(text)) for form in folded(word)}
+        for header in headers:
+            for element in _elements(header):
+                if element.VR == "PN":
+                    named |= _words(str(element.value))
+                elif element.keyword and _IDENTIFIERS.search(element.keyword):
+                    numbered |= _words(str(element.value))
+    # A patient may be called Bone; but no station or number called PET tells who it is
+    secrets = (named - _NOBODY) | {word for word in numbered if not known_parts(word)}
     return frozenset(word for word in secrets if len(word) >= _LEAST_SECRET)
 
 
@@ -108,11 +118,17 @@ _UID_OR_DATE = re.compile(
 )
 
 
+def _words(text: str) -> set[str]:
+    return {form for word in re.findall(r"[^\W_]+", repaired(text)) for form in folded(word)}
+
+
 def _shown(match: re.Match, secrets: frozenset[str]) -> str:
     text = match[0]
     if match["word"]:
-        pieces = [text] if known_parts(text) else _CASES.findall(text)
-        return "".join(piece if _is_open(piece, secrets) else HIDDEN for piece in pieces)
+        if known_parts(text):
+            return text if _is_open(text, secrets) else HIDDEN
+        pieces = _CASES.findall(text)  # of some letters, for two short words run together are as good as a name: LiAn
+        return "".join(p if len(p) > 2 and _is_open(p, secrets) else HIDDEN for p in pieces)
     if folded(text) & secrets:
         return HIDDEN
     if match["numbers"]:

@@ -51,6 +51,7 @@ NO_LESION = re.compile(
 _WITHOUT = re.compile(
     r"^(.*?[^\W_])(?:\s*-\s*(?=[pci]?gtv|[pci]tv)|[\W_]*(?:minus|without|ohne|excl\w*|sans|sin|senza)[\W_])", re.I
 )
+_SAID_ORGANS = frozenset(("organ", "organs", "oar", "oars"))  # "OAR x": whatever the organ is
 _GTV = re.compile(r"(?<![a-z])i?gtv", re.IGNORECASE)  # also run together with what follows: GTVnode, GTVLungL
 # RT ROI Interpreted Type (3006,00A4), PS3.3 C.8.8.8.1. Not ORGAN: many systems write it for whatever was drawn.
 NO_LESION_TYPES = frozenset(
@@ -176,6 +177,8 @@ def _kind_of_name(name: str) -> Kind:
     lesion = bool(words & LESION or _GTV.search(spaced))
     if lesion:
         return Kind.UNKNOWN if words & (DENIAL | REFERENCE) else Kind.LESION
+    if words & _SAID_ORGANS:
+        return Kind.NONE
     neutral = REGIONS | SIDES_AND_PARTS | IMAGING | HELPERS | ORGANS | REFERENCE
     if unknown or words - neutral:
         return Kind.UNKNOWN
