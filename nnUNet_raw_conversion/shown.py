@@ -50,7 +50,9 @@ _IDENTIFIERS = re.compile(
 )
 # In place of a name, where there is none
 _NOBODY = frozenset(
-    "pet ct petct wb fdg anonymous anonymized anonym patient phantom scan test unknown study case roi gtv lesion".split()  # noqa: SIM905
+    (
+        "pet ct petct wb fdg anonymous anonymized anonym patient phantom scan test unknown study case roi gtv lesion"
+    ).split()  # noqa: SIM905
 )
 _LEAST_SECRET = 2  # letters or digits; a single one is nobody
 

@@ -24,8 +24,8 @@ PERSON = {"PatientName": "Müller^Änne^^Dr", "PatientID": "K-4711/08", "Patient
 
 @pytest.mark.parametrize(
     "text",
-    ["PET Mueller WB", "GTV_MÜLLER_1", "GTVmuller", "GTVLee", "GTV李", "roi Anne", "k-4711", "*19641122", "GTV 22111964",
-     "born 22.11.1964", "GTV 221164", "17 Kettler 64", "22.11.64", "22NOV1964", "GTV 22 Nov 64",
+    ["PET Mueller WB", "GTV_MÜLLER_1", "GTVmuller", "GTVLee", "GTV李", "roi Anne", "k-4711", "*19641122",
+     "GTV 22111964", "born 22.11.1964", "GTV 221164", "17 Kettler 64", "22.11.64", "22NOV1964", "GTV 22 Nov 64",
      "Lesion 1964-11", "LN 11/64", "22-11-64", "roi LiAn",
      "uid 1.2.840.113619.2.55.3", "AENNE", "on 2019-02-03", "GTV Mu\u0308ller", "Nov. 1964", "ROI 4711", "LN4711",
      "Lesion 22 11 64"],
@@ -34,9 +34,8 @@ def test_what_identifies_is_hidden(text):
     shown = shown_text(text)
     low = shown.lower()
     assert HIDDEN in shown
-    secrets = ("muell", "müll", "mull", "u\u0308ll", "anne", "aenne", "lee", "李", "lian", "4711", "64", "113619", "2019",
-               "nov")  # fmt: skip
-    assert not [secret for secret in secrets if secret in low]
+    secrets = "muell müll mull u\u0308ll anne aenne lee 李 lian 4711 64 113619 2019 nov"
+    assert not [secret for secret in secrets.split() if secret in low]
 
 
 @pytest.mark.parametrize(
