@@ -111,9 +111,10 @@ def _load_dicom(recipe: Recipe, secrets: frozenset[str]) -> Loaded:
 
 
 def _load_nifti(visit: Visit) -> Loaded:
-    images = {what: read_image(file, f"the NIfTI file of the {what}") for what, file in visit.files.items()}
+    notes: list[str] = []
+    images = {what: read_image(file, f"the NIfTI file of the {what}", notes) for what, file in visit.files.items()}
     used = dict.fromkeys(images, "a NIfTI file")
-    return Loaded(images.get("CT"), images["PET"], images.get("lesions"), [], used)
+    return Loaded(images.get("CT"), images["PET"], images.get("lesions"), list(dict.fromkeys(notes)), used)
 
 
 def make_recipe(visit: Visit, contours: Sequence[Series], allow_missing_ct: bool, **settings) -> Recipe:

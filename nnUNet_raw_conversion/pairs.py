@@ -45,8 +45,9 @@ def find_cases(source: Path, keep_names: bool) -> list[Path]:
 def load_pair(ct: Path, pet: Path, lesions: Path | None) -> Loaded:
     """Read the files of one case; no message names its folder. `lesions` is None if it has no segmentation."""
     used = {"CT": ct.name, "PET": pet.name, **({"lesions": lesions.name} if lesions else {})}
-    mask = read_image(lesions, lesions.name) if lesions else None
-    return Loaded(read_image(ct, ct.name), read_image(pet, pet.name), mask, used=used)
+    notes: list[str] = []
+    images = [None if path is None else read_image(path, path.name, notes=notes) for path in (ct, pet, lesions)]
+    return Loaded(*images, notes=list(dict.fromkeys(notes)), used=used)
 
 
 def make_study(folder: Path, ct: str, pet: str, seg: str | None, unlabelled: bool, record: ClinicalRecord) -> Study:

@@ -17,7 +17,7 @@ from nnunet_fratmae.base.command import UserError, check_device, find_dataset, r
 from nnunet_fratmae.base.files import renamed
 from nnUNet_raw_conversion.clinical import ClinicalRecord, prompt, read_clinical
 from plans.contract import CONTRACT_NAME, WEIGHTS_NAME
-from plans.preprocessed import load_plans
+from plans.reader import load_plans
 from plans.settings import Pretrain, Settings, WholeBody
 from pretraining.checkpoint import LATEST, load
 from pretraining.export import ALIGN_NAME
