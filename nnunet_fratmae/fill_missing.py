@@ -17,17 +17,12 @@ from typing import Any
 import SimpleITK as sitk
 
 from nnunet_fratmae.base.command import UserError, run_command
-<<<<<<< HEAD
 from nnunet_fratmae.base.files import renamed, writing_to
 from nnunet_fratmae.base.volumes import read_image
-from plans.extension import channel_modalities, find_channels
-from plans.inputs import on_one_grid
-=======
-from nnunet_fratmae.base.files import renamed
 from plans.dataset_json import check_dataset_json
 from plans.extension import channel_modalities, find_channels
+from plans.inputs import on_one_grid
 from plans.reader import check_plans
->>>>>>> plans
 from plans.settings import Settings
 from plans.staging import NETWORK as STAGING_NETWORK
 from plans.staging import STAGING_CONFIGURATION

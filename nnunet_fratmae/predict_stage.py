@@ -18,13 +18,9 @@ import numpy as np
 
 from nnunet_fratmae.base.command import UserError, check_device, run_command
 from nnunet_fratmae.base.files import renamed
-<<<<<<< HEAD
-from plans.extension import JOINT_NETWORK, channel_modalities, find_channels, find_modalities
-=======
 from plans.dataset_json import check_dataset_json
-from plans.extension import JOINT_NETWORK, channel_modalities, find_modalities
+from plans.extension import JOINT_NETWORK, channel_modalities, find_channels, find_modalities
 from plans.reader import check_plans, check_whole_body
->>>>>>> plans
 from plans.settings import STACKS, Settings
 from plans.staging import NETWORK, STAGING_CONFIGURATION, staging_plans
 from plans.units import PRETRAINING_UNITS
