@@ -821,6 +821,36 @@ def test_bad_test_lists_are_refused_without_their_content(tmp_path, text, words)
     assert "Erika" not in str(error.value)
 
 
+def test_an_unknown_roi_waits_and_is_listed(trial):
+    """Even beside a lesion: a label without it would be wrong. What the user says goes."""
+    write_patient(trial.input / "p", "p", rois={"Lesion": LESION, "boost": LESION, "Urinary bladder": LESION})
+    output = trial.convert(fails=True)
+    assert "ROI 2 '…': not known whether this is a lesion" in output and "--lesion-roi" in output
+    folder = trial.raw / ".partial_Dataset522_GHSG"
+    with (folder / "conversion_report.csv").open() as file:
+        assert [row["code"] for row in csv.DictReader(file)] == ["ROI_UNKNOWN"]
+    with (folder / "conversion_rois.csv").open() as file:
+        rows = [(row["number"], row["name"], row["note"]) for row in csv.DictReader(file)]
+    assert [row[:2] for row in rows] == [("1", "Lesion"), ("2", "…"), ("3", "Urinary bladder")]
+    assert rows[1][2] == "unknown"
+    trial.convert("--lesion-roi", "lesion|boost")
+    assert [row["kept"] for row in trial.table("conversion_rois")] == ["True", "True", "False"]
+
+
+def test_the_diagnosis_is_unknown_unless_the_trial_says_it(trial):
+    psma = {"RadiopharmaceuticalCodeSequence": ("C116352", "NCIt", "Piflufolastat F^18^"), "Radiopharmaceutical": "x"}
+    write_patient(trial.input / "1", "1", PatientSex="M", **psma)
+    write_patient(trial.input / "2", "2")
+    write_patient(trial.input / "3", "3", ClinicalTrialProtocolID="HD17")
+    write_patient(trial.input / "4", "4", ClinicalTrialProtocolID="HD18", **psma)
+    output = trial.convert()
+    rows = {row["case_id"]: (row["tracer"], row["diagnosis"]) for row in trial.table("clinical")}
+    who = {row["patient"]: rows[row["case_id"]] for row in trial.table("keys")}
+    assert who == {"1": ("18F-PSMA", ""), "2": ("18F-FDG", ""), "3": ("18F-FDG", "Hodgkin lymphoma"),
+                   "4": ("18F-PSMA", "")}  # fmt: skip
+    assert "diagnosis of 3 cases" in output and "--diagnosis" in output
+
+
 # ---- real data
 
 

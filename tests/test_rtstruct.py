@@ -470,10 +470,10 @@ def test_select_rois():
 
 def test_an_unknown_name_waits_for_the_user():
     """It is told by its number, for it may be the patient's."""
-    with pytest.raises(UserError, match="ROI 7 '…' is neither .* --lesion-roi") as error:
+    with pytest.raises(UserError, match="ROI 7 '…': not known whether this is a lesion .* --lesion-roi") as error:
         select_rois(["Lesion", "Liver", "Kettler"], numbers=[3, 5, 7])
     assert error.value.code == "ROI_UNKNOWN"
-    with pytest.raises(UserError, match="ROIs 1 'ROI 1', 2 '… 2' are neither"):
+    with pytest.raises(UserError, match="ROIs 1 'ROI 1', 2 '… 2': not known"):
         select_rois(["ROI 1", "boost 2", "Lesion"])
 
 

@@ -141,9 +141,9 @@ def select_rois(
         found = [kind_of(name, kind) for name, kind in zip(names, kinds or [""] * len(names), strict=True)]
         if unknown := [text for text, kind in zip(said, found, strict=True) if kind is Kind.UNKNOWN]:
             raise UserError(
-                f"{_listed(unknown)} {'is' if len(unknown) == 1 else 'are'} neither known as lesions nor as organs "
-                "(what is no known word is shown as …); look them up by their number and say which are lesions by "
-                "--lesion-roi, as in --lesion-roi 'gtv|lesion'",
+                f"{_listed(unknown)}: not known whether "
+                f"{'this is a lesion' if len(unknown) == 1 else 'these are lesions'} (words that are not known are shown as …); look up the number in the file, and say which ROIs are "
+                "lesions by --lesion-roi, as in --lesion-roi 'gtv|lesion'",
                 "ROI_UNKNOWN",
             )
         chosen = [kind is Kind.LESION for kind in found]
