@@ -838,7 +838,7 @@ def test_an_unknown_roi_waits_and_is_listed(trial):
 
 
 def test_the_diagnosis_is_unknown_unless_the_trial_says_it(trial):
-    psma = {"RadiopharmaceuticalCodeSequence": ("C116352", "NCIt", "Piflufolastat F^18^"), "Radiopharmaceutical": "x"}
+    psma = {"Radiopharmaceutical": "Piflufolastat F 18"}
     write_patient(trial.input / "1", "1", PatientSex="M", **psma)
     write_patient(trial.input / "2", "2")
     write_patient(trial.input / "3", "3", ClinicalTrialProtocolID="HD17")
