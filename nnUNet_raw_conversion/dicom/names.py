@@ -5,7 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
+import regex
+
 from nnunet_fratmae.base.command import UserError
+
+LONGEST_SEARCH_S = 1.0
+"""For one name of an ROI: a usual expression takes some microseconds. Python's own `re` cannot be stopped."""
 
 
 def _words(text: str) -> frozenset[str]:
@@ -79,13 +84,25 @@ def select_rois(names: Sequence[str], pattern: str | None = None, kinds: Sequenc
         types = kinds or [""] * len(names)
         chosen = [is_lesion_name(n) and kind not in NO_LESION_KINDS for n, kind in zip(names, types, strict=True)]
     else:
-        try:
-            expression = re.compile(pattern, re.IGNORECASE)
-        except re.error as error:
-            raise UserError(f"--lesion-roi {pattern!r}: is no regular expression ({error})") from None
-        chosen = [expression.search(name) is not None for name in names]
+        chosen = _fitting(pattern, names)
     if not any(chosen):
         shown = ", ".join(repr(shown_name(name)) for name in names[:20]) + (", ..." if len(names) > 20 else "")
         how = "looks like a lesion; name it by" if pattern is None else f"fits {pattern!r}; change"
         raise UserError(f"none of the ROIs ({shown or 'there are none'}) {how} --lesion-roi")
     return chosen
+
+
+def _fitting(pattern: str, names: Sequence[str]) -> list[bool]:
+    """In which names the regular expression is found, upper or lower case alike.
+
+    Raises:
+        UserError: it is none, or one that takes for ever, as (a|a)*b does in "aaaa...".
+    """
+    try:
+        expression = regex.compile(pattern, regex.IGNORECASE)
+        return [expression.search(name, timeout=LONGEST_SEARCH_S) is not None for name in names]
+    except regex.error as error:
+        raise UserError(f"--lesion-roi {pattern!r}: is no regular expression ({error})", "ROI_PATTERN") from None
+    except TimeoutError:
+        raise UserError(f"--lesion-roi {pattern!r}: takes more than {LONGEST_SEARCH_S:g} s for one name; say it "
+                        "without repeats within repeats, as (a+)+", "ROI_PATTERN") from None  # fmt: skip
