@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from nnunet_fratmae.base.command import UserError
 from nnUNet_raw_conversion.dicom.limits import check_file
+from nnUNet_raw_conversion.shown import secrets_of, shown_words
 
 FRAME_OF_REFERENCE = Tag("FrameOfReferenceUID")
 # The contours of an RTSTRUCT and the voxels: large, and no part of a header.
@@ -41,7 +42,7 @@ class Series:
     frame_uid: str
     """Frame of reference of the images, or that an RTSTRUCT refers to; "" if there is none."""
     description: str
-    """SeriesDescription: letters, digits and spaces, at most 40, without words of the patient's name and ID."""
+    """What may be shown of SeriesDescription, see `shown.shown_words`."""
     date: str
     """StudyDate YYYYMMDD or ""; to put studies in order, never shown."""
     files: tuple[Path, ...]
@@ -251,7 +252,4 @@ def _text(header: pydicom.Dataset, keyword: str) -> str:
 
 
 def _description(header: pydicom.Dataset) -> str:
-    words = re.findall(r"[^\W_]+", _text(header, "SeriesDescription"))
-    private = {_text(header, keyword) for keyword in ("PatientName", "PatientID", "PatientBirthDate")}
-    private = {word.lower() for text in private for word in re.findall(r"[^\W_]+", text)}
-    return " ".join(word for word in words if word.lower() not in private)[:40].strip()
+    return shown_words(_text(header, "SeriesDescription"), secrets_of([header]))
