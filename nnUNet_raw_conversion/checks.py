@@ -7,10 +7,10 @@ import SimpleITK as sitk
 from scipy import ndimage, stats
 
 from nnunet_fratmae.base.command import UserError
-from nnunet_fratmae.base.grids import check_size, same_grid
+from nnunet_fratmae.base.grids import check_size, grid_distance, same_grid
 from nnunet_fratmae.base.hu_suv import AIR_HU, check_alone, check_hu, check_pair, check_suv
 from nnunet_fratmae.base.volumes import check_finite
-from nnUNet_raw_conversion.geometry import canonical, overlap_fraction, resample_to, target_grid
+from nnUNet_raw_conversion.geometry import as_float, canonical, overlap_fraction, resample_to, target_grid
 
 # See `outline_agreement`. The right pairs are far above: 35 real patients 0.92 or more (the 36th shows too little air),
 # with noise of SUV 1 on each voxel 0.919, at a tenth of the counts still 0.977 in a real whole-body PET (body outline
@@ -85,7 +85,7 @@ def outline_agreement(ct: sitk.Image, pet: sitk.Image) -> float | None:
 
 def _checked_ct(ct: sitk.Image, notes: list[str]) -> sitk.Image:
     check_size(ct, "CT")
-    ct = sitk.Cast(ct, sitk.sitkFloat32)
+    ct = as_float(ct)
     hu = sitk.GetArrayViewFromImage(ct)
     check_finite(hu, "CT")
     check_hu(hu)
@@ -97,7 +97,7 @@ def _checked_ct(ct: sitk.Image, notes: list[str]) -> sitk.Image:
 
 def _checked_pet(pet: sitk.Image, notes: list[str]) -> sitk.Image:
     check_size(pet, "PET")
-    pet = sitk.Cast(pet, sitk.sitkFloat32)
+    pet = as_float(pet)
     suv = sitk.GetArrayViewFromImage(pet)
     check_finite(suv, "PET")
     if negative := check_suv(suv):
@@ -128,11 +128,19 @@ def _on_grid(
     """`image` on the grid of `target`, and exactly there: rounding errors of headers shall not reach nnU-Net."""
     turned = canonical(image)
     if same_grid(turned, target):
-        turned.CopyInformation(target)
-        return turned
+        return _exactly(turned, target)
     whose = {"pet": "the PET's grid", "ct": "the CT's grid"}.get(grid, f"a grid of {grid} mm")
     notes.append(f"{name} resampled to {whose}")
     return resample_to(image, target, fill)
+
+
+def _exactly(image: sitk.Image, target: sitk.Image) -> sitk.Image:
+    """`image`, which is on the grid of `target` but for rounding; a copy only where that is needed."""
+    if grid_distance(image, target) == 0:
+        return image
+    image = sitk.Image(image)
+    image.CopyInformation(target)
+    return image
 
 
 def _lesions_on(lesions: sitk.Image, target: sitk.Image, notes: list[str]) -> sitk.Image:
@@ -140,8 +148,7 @@ def _lesions_on(lesions: sitk.Image, target: sitk.Image, notes: list[str]) -> si
     keeps volumes and smooth surfaces where nearest neighbours make steps and lose thin parts by chance."""
     turned = canonical(lesions)
     if same_grid(turned, target):
-        turned.CopyInformation(target)
-        return turned
+        return _exactly(turned, target)
     result = resample_to(lesions, target, 0) >= 0.5
     before, after = (np.count_nonzero(sitk.GetArrayViewFromImage(i)) * np.prod(i.GetSpacing()) / 1000
                      for i in (lesions, result))  # fmt: skip

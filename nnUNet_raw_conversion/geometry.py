@@ -16,13 +16,19 @@ LARGEST_GRID = 300_000_000
 # The axes x, y, z of every image that we write run to the patient's left, back and head, as those of axial DICOM slices
 # do. Where nothing is oblique the direction matrix is then the identity, which even readers that ignore it get right.
 ORIENTATION = "LPS"
+AT_ONCE = 1 << 26
+"""Voxels that are resampled in one piece: 256 MB as float32."""
 
 
 def canonical(image: sitk.Image) -> sitk.Image:
     """The image with its axes in the order and senses of `ORIENTATION`, or nearest to them where it is oblique.
 
-    Axes are exchanged and flipped only: every voxel keeps its value and its place in the patient.
+    Axes are exchanged and flipped only: every voxel keeps its value and its place in the patient. An image that is so
+    already is given back itself.
     """
+    code = sitk.DICOMOrientImageFilter.GetOrientationFromDirectionCosines(image.GetDirection())
+    if code == ORIENTATION:
+        return image
     return sitk.DICOMOrient(image, ORIENTATION)
 
 
@@ -58,7 +64,7 @@ def target_grid(ct: sitk.Image | None, pet: sitk.Image, grid: str = "pet") -> si
     chosen = parse_grid(grid)
     if chosen == "pet":
         _check_number(pet.GetSize(), grid)
-        return canonical(pet)
+        return _empty(canonical(pet))
     if chosen == "ct":
         if ct is None:
             raise UserError("--grid ct: there is no CT; say --grid pet or a spacing")
@@ -103,12 +109,53 @@ def resample_to(moving: sitk.Image, reference: sitk.Image, fill: float) -> sitk.
     spacing, target = np.array(moving.GetSpacing()), np.array(reference.GetSpacing())[nearest_axis]
     fwhm = np.sqrt(np.maximum(target**2 - spacing**2, 0)) / spacing  # voxels of `moving`
     sigma = fwhm / np.sqrt(8 * np.log(2))
-    smooth = sitk.Cast(moving, sitk.sitkFloat32)
+    if moving.GetNumberOfPixels() <= AT_ONCE:
+        return _resampled(moving, reference, sigma, fill)
+    # A whole CT would be there four times in float32, so its part for some planes of the result is taken at a time
+    columns, rows, planes = reference.GetSize()
+    step = max(1, AT_ONCE // 4 // (columns * rows))
+    result = sitk.Image(reference.GetSize(), sitk.sitkFloat32)
+    result.CopyInformation(reference)
+    for first in range(0, planes, step):
+        slab = sitk.Image([columns, rows, min(step, planes - first)], sitk.sitkUInt8)
+        slab.SetSpacing(reference.GetSpacing())
+        slab.SetDirection(reference.GetDirection())
+        slab.SetOrigin(reference.TransformIndexToPhysicalPoint([0, 0, first]))
+        part = _part_for(moving, slab, np.ceil(4 * sigma) + 2)  # the Gaussian ends at 4 sigma
+        values = _resampled(part, slab, sigma, fill) if part else sitk.Cast(slab, sitk.sitkFloat32) + fill
+        result[:, :, first : first + step] = values
+    return result
+
+
+def as_float(image: sitk.Image) -> sitk.Image:
+    """The image in float32, itself where it is so."""
+    return image if image.GetPixelID() == sitk.sitkFloat32 else sitk.Cast(image, sitk.sitkFloat32)
+
+
+def _resampled(moving: sitk.Image, reference: sitk.Image, sigma: np.ndarray, fill: float) -> sitk.Image:
+    """Smoothed by a Gaussian of `sigma` voxels (x, y, z), then linearly interpolated."""
+    smooth = as_float(moving)
     if sigma.any():
         array = ndimage.gaussian_filter(sitk.GetArrayViewFromImage(smooth), sigma[::-1], mode="nearest")
         smooth = sitk.GetImageFromArray(array)
         smooth.CopyInformation(moving)
     return sitk.Resample(smooth, reference, sitk.Transform(), sitk.sitkLinear, fill)
+
+
+def _empty(image: sitk.Image) -> sitk.Image:
+    """The grid of an image, with a quarter of its memory."""
+    grid = sitk.Image(image.GetSize(), sitk.sitkUInt8)
+    grid.CopyInformation(image)
+    return grid
+
+
+def _part_for(image: sitk.Image, box: sitk.Image, margin: np.ndarray) -> sitk.Image | None:
+    """The part of `image` that lies in `box` or within `margin` voxels (x, y, z) of it; None if there is none."""
+    matrix, origin = affine_of(image)
+    index = np.linalg.solve(matrix, (to_physical(box, corners(box.GetSize())) - origin).T).T
+    low = np.maximum(np.floor(index.min(0) - margin), 0).astype(int)
+    high = np.minimum(np.ceil(index.max(0) + margin) + 1, image.GetSize()).astype(int)
+    return None if np.any(high <= low) else sitk.RegionOfInterest(image, (high - low).tolist(), low.tolist())
 
 
 def _cut_to(image: sitk.Image, box: sitk.Image) -> sitk.Image:

@@ -39,7 +39,7 @@ def warnings_of(batches, capsys, names=("CT", "PET")):
     door = front_door.FrontDoor(list(names))
     for batch in batches:
         door.look(batch)
-    lines = capsys.readouterr().err.splitlines()
+    lines = capsys.readouterr().err.strip().splitlines()
     assert len(lines) <= 1
     return lines[0] if lines else ""
 

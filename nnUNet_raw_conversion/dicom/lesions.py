@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -56,12 +56,9 @@ class _Found:
 
 
 def read_lesions(
-    files: Sequence[tuple[str, Path]],
-    pet: sitk.Image,
-    frame_uid: str,
-    pattern: str | None = None,
-    secrets: frozenset[str] = frozenset(),
-) -> tuple[sitk.Image, list[RoiRow]]:
+    files: Sequence[tuple[str, Path]], pet: sitk.Image, frame_uid: str, pattern: str | None = None,
+    believed: Collection[Path] = (), secrets: frozenset[str] = frozenset(),
+) -> tuple[sitk.Image, list[RoiRow]]:  # fmt: skip
     """The union of the lesion ROIs of all files, 0 and 1 (uint8) on the grid of the PET, and a row for every ROI.
 
     Args:
@@ -69,6 +66,7 @@ def read_lesions(
         pet: in SUVbw; on its grid the ROIs are drawn, and their SUV is taken from it.
         frame_uid: the PET's frame of reference; an empty one is not compared.
         pattern: which ROIs are lesions, see `names.select_rois`.
+        believed: files whose frame of reference is not compared, see `believed.believed`.
         secrets: words of the patient's names and numbers, which no name shows, see `shown.secrets_of`.
 
     Raises:
@@ -77,7 +75,8 @@ def read_lesions(
     """
     found: list[_Found] = []
     for modality, file in files:
-        found += _rois(file) if modality == "RTSTRUCT" else _segments(file, pet, frame_uid)
+        frame = "" if file in believed else frame_uid
+        found += _rois(file, frame) if modality == "RTSTRUCT" else _segments(file, pet, frame)
     union, rows = np.zeros(pet.GetSize()[::-1], bool), []
     for one, kept in zip(found, _chosen(found, pattern, secrets), strict=True):
         shown, roi, mask = shown_name(one.name, secrets), one.drawn, None
@@ -99,8 +98,9 @@ def read_lesions(
     return image, rows
 
 
-def _rois(file: Path) -> list[_Found]:
-    return [_Found(roi.number, roi.name, roi.kind, roi) for roi in read_rois(file)]
+def _rois(file: Path, frame_uid: str) -> list[_Found]:
+    rois = [roi if frame_uid else replace(roi, frame_uid="") for roi in read_rois(file)]
+    return [_Found(roi.number, roi.name, roi.kind, roi) for roi in rois]
 
 
 def _segments(file: Path, pet: sitk.Image, frame_uid: str) -> list[_Found]:

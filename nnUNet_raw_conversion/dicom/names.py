@@ -142,8 +142,9 @@ def select_rois(
         if unknown := [text for text, kind in zip(said, found, strict=True) if kind is Kind.UNKNOWN]:
             raise UserError(
                 f"{_listed(unknown)}: not known whether "
-                f"{'this is a lesion' if len(unknown) == 1 else 'these are lesions'} (words that are not known are shown as …); look up the number in the file, and say which ROIs are "
-                "lesions by --lesion-roi, as in --lesion-roi 'gtv|lesion'",
+                f"{'this is a lesion' if len(unknown) == 1 else 'these are lesions'} (words that are not known are "
+                "shown as …); look up the number in the file, and say which ROIs are lesions by --lesion-roi, as in "
+                "--lesion-roi 'gtv|lesion'",
                 "ROI_UNKNOWN",
             )
         chosen = [kind is Kind.LESION for kind in found]

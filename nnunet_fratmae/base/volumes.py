@@ -55,7 +55,7 @@ def read_image(path: Path, called: str | None = None, notes: list[str] | None = 
             raise UserError(f"{name}: ends too early; copy or download it again", "IMAGE_CUT_OFF")
         image = reader.Execute()
     except RuntimeError as error:
-        raise _unreadable(path, name, "" if called else f" ({_last_line(error)})", header) from None
+        raise _unreadable(path, name, "" if called else _reason(error), header) from None
     if header is not None:
         check_places(header, image, name, notes)
     elif image.GetPixelID() in (sitk.sitkFloat32, sitk.sitkFloat64):
@@ -86,9 +86,10 @@ def _unreadable(path: Path, name: str, said: str, header: Nifti1PairHeader | Non
     return UserError(f"{name}: is whole, but ITK cannot read it{said}; save it anew as .nii.gz", "IMAGE_FORMAT")
 
 
-def _last_line(error: RuntimeError) -> str:
-    """ITK's exceptions are many lines; the last one says what happened."""
-    return str(error).strip().splitlines()[-1].split("): ")[-1]
+def _reason(error: RuntimeError) -> str:
+    """What the last line of an exception of ITK says, but where it is MetaImage's, which names a wrong reason."""
+    last = str(error).strip().splitlines()[-1].split("): ")[-1]
+    return "" if "No such file" in last else f" ({last})"
 
 
 def _item_bytes(reader: sitk.ImageFileReader) -> int:

@@ -54,7 +54,8 @@ class FrontDoor:
             return
         if why := self._fault(dict(zip(self.names, self.sums.tolist(), strict=True))):
             _warned = True
-            print(f"FratMAE: WARNING: {why}; do not trust what is predicted of it: check the images, or convert them "
+            # On a line of its own, beside nnU-Net's progress bar
+            print(f"\nFratMAE: WARNING: {why}; do not trust what is predicted of it: check the images, or convert them "
                   "with fratmae_convert_pairs", file=sys.stderr, flush=True)  # fmt: skip
         if self.forwards == WINDOW:
             self.sums = None
@@ -65,9 +66,9 @@ class FrontDoor:
                 return f"the {name} has voxels that are NaN or infinite"
             if name == "PET" and saturated > MOST_SATURATED * voxels:
                 upper = PRETRAINING_UNITS["PET"].upper
-                return f"{saturated / voxels:.0%} of the PET is above SUV {upper:g}: Bq/ml, or CT and PET swapped?"
+                return f"{saturated / voxels:.0%} of the PET is above SUV {upper:g}: Bq/ml, or CT and PET swapped"
             if name == "CT" and above_fat == voxels > ENOUGH_VOXELS:
-                return "the CT has no fat and no air: not HU, or CT and PET swapped?"
+                return "the CT has no fat and no air: not HU, or CT and PET swapped"
         is_empty = not any(not_lowest for _, _, _, not_lowest, _ in seen.values())
         self.empty = is_empty * (self.empty + (self.forwards == WINDOW) * WINDOW)
         return f"{' and '.join(seen)} are empty" if self.empty >= EMPTY_FORWARDS else ""
