@@ -62,7 +62,7 @@ def choose_pet(series: Sequence[Series]) -> tuple[Series, str]:
     best, *others = sorted(usable, key=rank, reverse=True)
     ranks = {id(one): rank(one) for one in usable}  # `rank` of what is joined would be another one
     alike = sorted((one for one in others if ranks[id(one)][1]), reverse=True, key=lambda one: (
-        ranks[id(one)][1:4] == ranks[id(best)][1:4], one.description == best.description, ranks[id(one)]))  # fmt: skip
+        ranks[id(one)][1:4] == ranks[id(best)][1:4], _text(one) == _text(best), ranks[id(one)]))  # fmt: skip
     whole, joined, apart = with_beds(best, alike)
     reasons = (
         "shorter",
