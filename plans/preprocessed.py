@@ -102,7 +102,7 @@ def check_fold(preprocessed: Path, folder: Path, fold: int | str) -> None:
     Raises:
         UserError: no cases, too few for folds, a fold of cases that are not there or without a side, a damaged case.
     """
-    from nnunetv2.training.dataloading.utils import infer_dataset_class
+    from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
 
     dataset_class = infer_dataset_class(str(folder)) if folder.is_dir() and any(folder.iterdir()) else None
     stored = set(dataset_class.get_identifiers(str(folder))) if dataset_class else set()
