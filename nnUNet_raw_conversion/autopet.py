@@ -19,8 +19,6 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import SimpleITK as sitk
-
 from nnunet_fratmae.base.command import UserError, run_command
 from nnUNet_raw_conversion.clinical import ClinicalRecord, clinical_record, name_patients, read_table
 from nnUNet_raw_conversion.conversion import Loaded, Study, convert_studies
@@ -236,16 +234,10 @@ def _date(text: str) -> str:
 def load_scan(scan: Scan) -> Loaded:
     """Read the three images of a study; messages have no path, which has a date."""
     files = {"CT": scan.ct, "PET": scan.pet, "segmentation": scan.lesions}
-    ct, pet, lesions = (_read(what, path) for what, path in files.items())
+    notes: list[str] = []
+    ct, pet, lesions = (read_image(path, what, notes) for what, path in files.items())
     used = {"CT": "resampled to the PET by the authors", "PET": "SUVbw by the authors"}
-    return Loaded(ct=ct, pet=pet, lesions=lesions, notes=[], used=used, rois=[])
-
-
-def _read(what: str, path: Path) -> sitk.Image:
-    try:
-        return read_image(path)
-    except UserError as error:
-        raise UserError(str(error).replace(str(path), what)) from None
+    return Loaded(ct=ct, pet=pet, lesions=lesions, notes=list(dict.fromkeys(notes)), used=used, rois=[])
 
 
 def convert_autopet(args: argparse.Namespace) -> None:

@@ -37,7 +37,9 @@ def find_cases(source: Path) -> list[Path]:
 def load_pair(ct: Path, pet: Path, lesions: Path | None) -> Loaded:
     """Read the files of one case; `lesions` is None for a case without segmentation."""
     used = {"CT": ct.name, "PET": pet.name, **({"lesions": lesions.name} if lesions else {})}
-    return Loaded(read_image(ct), read_image(pet), read_image(lesions) if lesions else None, used=used)
+    notes: list[str] = []
+    images = [None if path is None else read_image(path, notes=notes) for path in (ct, pet, lesions)]
+    return Loaded(*images, notes=list(dict.fromkeys(notes)), used=used)
 
 
 def make_study(folder: Path, ct: str, pet: str, seg: str | None, unlabelled: bool, record: ClinicalRecord) -> Study:

@@ -9,6 +9,7 @@ import itertools
 import json
 import os
 import re
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +19,7 @@ import numpy as np
 from nnunet_fratmae.base.command import UserError, check_device, run_command
 from nnunet_fratmae.base.files import renamed
 from plans.dataset_json import check_dataset_json
-from plans.extension import JOINT_NETWORK, channel_modalities, find_modalities
+from plans.extension import JOINT_NETWORK, channel_modalities, find_channels, find_modalities
 from plans.reader import check_plans, check_whole_body
 from plans.settings import STACKS, Settings
 from plans.staging import NETWORK, STAGING_CONFIGURATION, staging_plans
@@ -56,7 +57,8 @@ def _run(args: argparse.Namespace) -> None:
 
     from tqdm import tqdm
 
-    # Here and not above: it imports torch, which takes seconds, and an error above should not
+    # Here and not above: they import torch and ITK, which takes seconds, and an error above should not
+    from plans.inputs import check_study
     from plans.wholebody import read_study
 
     check_device(args.device)
@@ -64,12 +66,17 @@ def _run(args: argparse.Namespace) -> None:
     print(f"{len(studies)} studies, folds {', '.join(path.parent.name[5:] for path in checkpoints)}")
     args.o.mkdir(parents=True, exist_ok=True)
     rows, refused = [], []
+    channels, reader = find_channels(dataset_json, "both"), plans.get("image_reader_writer", "")
     for case, images in tqdm(studies.items(), "Studies"):
         try:
+            notes = check_study(case, {modality: images[channel] for modality, channel in channels.items()}, reader)
             volume, _, properties = read_study(case, images, None, plans, dataset_json)
         except UserError as error:  # the others are not to wait for it
             refused.append(str(error))
+            tqdm.write(f"refused: {error}", sys.stderr)
             continue
+        for note in notes:
+            tqdm.write(f"case {case}: {note}")
         patch = central_patch(volume, plans, dataset_json)
         probabilities = ensemble(networks, patch)
         rows.append((case, probabilities))

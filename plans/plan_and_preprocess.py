@@ -163,11 +163,13 @@ def plan_and_preprocess(raw: Path, settings: Settings, processes: int) -> None:
     # Here and not above: nnU-Net and torch take seconds to import, and an error above should not
     from nnunetv2.experiment_planning.plan_and_preprocess_api import extract_fingerprint_dataset
 
+    from plans.inputs import check_dataset_images
     from plans.planner import FratMAEPlanner, plan_unlabelled
 
     dataset_json, studies = _open(raw, processes)
     preprocessed = nnunet_folder("nnUNet_preprocessed") / raw.name
     find_channels(dataset_json, settings.modalities)
+    check_dataset_images(studies, dataset_json, processes)
     labelled = count_labelled(studies)
     print(f"{raw.name}: {labelled} labelled and {len(studies) - labelled} unlabelled studies")
     with planning(preprocessed):

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -29,8 +29,9 @@ class RoiRow:
 
 
 def read_lesions(
-    files: Sequence[tuple[str, Path]], pet: sitk.Image, frame_uid: str, pattern: str | None = None
-) -> tuple[sitk.Image, list[RoiRow]]:
+    files: Sequence[tuple[str, Path]], pet: sitk.Image, frame_uid: str, pattern: str | None = None,
+    believed: Collection[Path] = (),
+) -> tuple[sitk.Image, list[RoiRow]]:  # fmt: skip
     """The union of the lesion ROIs of all files, 0 and 1 (uint8) on the grid of the PET, and a row for every ROI.
 
     Args:
@@ -38,6 +39,7 @@ def read_lesions(
         pet: in SUVbw; on its grid the ROIs are drawn, and their SUV is taken from it.
         frame_uid: the PET's frame of reference; an empty one is not compared.
         pattern: which ROIs are lesions, see `names.select_rois`.
+        believed: files whose frame of reference is not compared, see `believed.believed`.
 
     Raises:
         UserError: a damaged file, no lesion among the ROIs, one of another frame of reference or outside of the image,
@@ -45,7 +47,11 @@ def read_lesions(
     """
     found: list[Roi | tuple[str, np.ndarray]] = []
     for modality, file in files:
-        found += read_rois(file) if modality == "RTSTRUCT" else read_segments(file, pet, frame_uid)
+        frame = "" if file in believed else frame_uid
+        if modality == "RTSTRUCT":
+            found += [roi if frame else replace(roi, frame_uid="") for roi in read_rois(file)]
+        else:
+            found += read_segments(file, pet, frame)
     names = [roi.name if isinstance(roi, Roi) else roi[0] for roi in found]
     kinds = [roi.kind if isinstance(roi, Roi) else "" for roi in found]
     union, rows = np.zeros(pet.GetSize()[::-1], bool), []

@@ -14,6 +14,7 @@ import torch
 from dynamic_network_architectures.building_blocks.residual import BasicBlockD
 from torch import Tensor, nn
 
+from nnunet_fratmae.networks.front_door import FrontDoor
 from nnunet_fratmae.networks.vit import dual_encoders
 from plans.strides import LEVELS, decoder_strides
 from plans.units import MODALITIES
@@ -155,6 +156,7 @@ class FratMAEUNETR(nn.Module):
         self.register_buffer("lowest", bounds[..., 0], persistent=False)
         self.register_buffer("highest", bounds[..., 1], persistent=False)
         names = [MODALITIES[i] for i in used]
+        self.front_door = FrontDoor(names)
         self.encoders = dual_encoders(patch_size, token_patch, embed_dim, depth, num_heads, names)
         # Stock `nnUNetv2_train -pretrained_weights` skips keys with ".seg_layers." and wants all others in the file.
         # All that is not pretrained lives under that name, so an export with the encoders alone is enough for it.
@@ -171,6 +173,8 @@ class FratMAEUNETR(nn.Module):
                              f"{self.input_channels}; give every case all its files (_0000, _0001), or fill in the "
                              "missing ones with fratmae_fill_missing")  # fmt: skip
         image = x[:, self.channels].permute(0, 1, *(axis + 2 for axis in self.axes)) * self.scale + self.shift
+        if not (self.training or torch.compiler.is_compiling() or torch.jit.is_tracing()):
+            self.front_door.look(image)
         image = image.clamp(self.lowest, self.highest)
         volumes = zip(self.encoders.values(), image.split(1, dim=1), strict=True)
         of_encoders = [encoder.feature_maps(volume, self.tap_layers) for encoder, volume in volumes]
