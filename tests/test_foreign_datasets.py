@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -296,3 +297,15 @@ def test_a_preprocessed_folder_that_is_a_file_is_one_line(tmp_path):
     with pytest.raises(UserError, match="Dataset003_Toy cannot be written to .Not a directory."), planning(folder):
         pass
     assert os.listdir(tmp_path) == ["preprocessed"]
+
+
+def test_a_full_disk_is_one_line_whatever_blosc2_calls_it(tmp_path, monkeypatch):
+    folder = store(tmp_path / "data", "a")
+    monkeypatch.setattr("plans.preprocessed.shutil.disk_usage", lambda _: SimpleNamespace(free=0))
+    full = "data cannot be written to .no space left.; what was there before is whole"
+    with pytest.raises(UserError, match=full), replaced(folder):
+        raise RuntimeError("Error while creating the NDArray")
+    monkeypatch.undo()
+    with pytest.raises(RuntimeError, match="another fault"), replaced(folder):
+        raise RuntimeError("another fault")
+    assert (folder / "a.b2nd").is_file() and sorted(path.name for path in tmp_path.iterdir()) == ["data"]
