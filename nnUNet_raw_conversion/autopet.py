@@ -22,6 +22,7 @@ from pathlib import Path
 from nnunet_fratmae.base.command import UserError, run_command
 from nnUNet_raw_conversion.clinical import ClinicalRecord, clinical_record, name_patients, read_table
 from nnUNet_raw_conversion.conversion import Loaded, Study, convert_studies
+from nnUNet_raw_conversion.diagnoses import known_diagnosis
 from nnUNet_raw_conversion.geometry import read_image
 from nnUNet_raw_conversion.raw_dataset import RawDataset
 from nnUNet_raw_conversion.splits import (
@@ -33,6 +34,7 @@ from nnUNet_raw_conversion.splits import (
     shared_patients,
     write_splits,
 )
+from nnUNet_raw_conversion.tracers import tracer_name
 
 COHORTS = {"petct": "fdg", "psma": "psma"}  # by the first word of a patient's folder
 RELEASE_FILE = re.compile(r"((fdg|psma)_([0-9a-z]+)_(.+?))(?:_000[01])?\.nii\.gz", re.IGNORECASE)
@@ -167,7 +169,8 @@ def read_metadata(path: Path) -> dict[str, list[Row]]:
         if tracer and not re.search("psma|fdg", tracer, re.IGNORECASE):
             tracer += " PSMA"
         try:
-            record = clinical_record("?", tracer, DIAGNOSES.get(diagnosis, diagnosis), said["age"], said["sex"])
+            known, _ = known_diagnosis(DIAGNOSES.get(diagnosis, diagnosis))
+            record = clinical_record("?", tracer_name(tracer), known, said["age"], said["sex"])
         except UserError as error:
             raise UserError(f"{path}, line {line}: {error}") from None
         places = frozenset(" ".join(part.split()) for part in re.split(r"[/\\]", said["location"]) if part)

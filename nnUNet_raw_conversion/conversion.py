@@ -162,6 +162,7 @@ def convert_study(study: Study, folder: Path, grid: str) -> dict:
         raise
     except UserError as error:
         row["error"], row["code"] = str(error), error.code
+        row["rois"] = getattr(error, "rois", row["rois"])  # of dicom.lesions.RoisError
     except MemoryError:
         row["error"] = "the memory is too small for it; try a smaller -np"
     except Exception as error:  # of one broken file in hundreds; its text may name a patient and is not shown

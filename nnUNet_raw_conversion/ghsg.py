@@ -29,15 +29,20 @@ from nnUNet_raw_conversion.linking import link_unchanged
 from nnUNet_raw_conversion.patients import (
     PATIENT_COLUMNS,
     Table,
+    diagnosis_of,
+    in_known_words,
     known_numbers,
+    left_out,
     other_sex,
     parse_columns,
     read_patients,
     read_test_list,
     record_of,
+    still_unknown,
 )
-from nnUNet_raw_conversion.pseudonyms import Key, assign, key_file, read_keys, scrubber, write_keys
+from nnUNet_raw_conversion.pseudonyms import Key, assign, key_file, read_keys, write_keys
 from nnUNet_raw_conversion.raw_dataset import RawDataset
+from nnUNet_raw_conversion.shown import secrets_of, without_secrets
 from nnUNet_raw_conversion.splits import SPLITS_FILE, make_splits, write_splits
 from nnUNet_raw_conversion.trial import ALL, UNREADABLE, Visit, find_visits, select
 
@@ -67,23 +72,22 @@ def load_visit(recipe: Recipe) -> Loaded:
     """
     visit = recipe.visit
     # Contours are found by what they refer to, so that they may be told under another number and name
-    headers = [one.header for one in visit.series] + [read_header(file) for _, file in recipe.contours]
-    hide = scrubber(headers, visit.folders)
+    secrets = secrets_of([one.header for one in visit.series] + [read_header(file) for _, file in recipe.contours])
     try:
         if visit.problem:
             raise UserError(visit.problem, visit.code)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # those of pydicom show what is in the headers
-            loaded = _load_dicom(recipe) if visit.pet else _load_nifti(visit)
+            loaded = _load_dicom(recipe, secrets) if visit.pet else _load_nifti(visit)
     except UserError as error:
-        raise UserError(hide(str(error)), error.code) from None
-    loaded.notes = [hide(note) for note in loaded.notes]
-    loaded.used = {what: hide(why) for what, why in loaded.used.items()}
-    loaded.rois = [{k: hide(v) if isinstance(v, str) else v for k, v in row.items()} for row in loaded.rois]
+        error.args = (without_secrets(str(error), secrets),)
+        raise
+    loaded.notes = [without_secrets(note, secrets) for note in loaded.notes]
+    loaded.used = {what: without_secrets(why, secrets) for what, why in loaded.used.items()}
     return loaded
 
 
-def _load_dicom(recipe: Recipe) -> Loaded:
+def _load_dicom(recipe: Recipe, secrets: frozenset[str]) -> Loaded:
     visit = recipe.visit
     pet, notes = read_pet(visit.pet, recipe.override)
     used, rois, lesions = {"PET": visit.why}, [], None
@@ -100,7 +104,9 @@ def _load_dicom(recipe: Recipe) -> Loaded:
         trusted = believed(recipe.contours, visit.pet.frame_uid, drawn_on)
         if trusted:
             notes.append("the contours name another frame of reference, but this very series, and lie on its slices")
-        lesions, rows = read_lesions(recipe.contours, image, visit.pet.frame_uid, recipe.lesion_roi, trusted)
+        lesions, rows = read_lesions(
+            recipe.contours, image, visit.pet.frame_uid, recipe.lesion_roi, trusted, secrets
+        )
         rois = [asdict(row) for row in rows]
     elif "lesions" in visit.files:
         used["lesions"] = "a NIfTI file in the study's folder"
@@ -161,6 +167,7 @@ def convert_ghsg(args: argparse.Namespace) -> None:
     studies, without_row, unlabelled = [], 0, 0
     patients_of: dict[int, set[tuple[str, str]]] = {}  # by the row that was found for them
     doubtful: list[str] = []
+    shortened: dict[str, list[str]] = {}  # cases by the field of the table that has other than known words
     for case_id, visit in sorted(cases.items()):
         settings = {"override": overrides.get(case_id), "lesion_roi": args.lesion_roi, "grid": args.grid,
                     "trust_study": args.trust_study}  # fmt: skip
@@ -169,7 +176,11 @@ def convert_ghsg(args: argparse.Namespace) -> None:
         if row:
             patients_of.setdefault(id(row), set()).add((visit.trial, visit.patient))
             doubtful += [case_id] if len(patients_of[id(row)]) > 1 or other_sex(visit, row) else []
-        studies.append(_study(case_id, recipe, record_of(case_id, visit, row, args.diagnosis), case_id in test))
+        record = record_of(case_id, visit, row, args.diagnosis, args.tracer)
+        record = replace(record, diagnosis=record.diagnosis or diagnosis_of(visit, record.tracer))
+        for name in in_known_words(row)[1] if row else ():
+            shortened.setdefault(name, []).append(case_id)
+        studies.append(_study(case_id, recipe, record, case_id in test))
         without_row += bool(args.clinical) and row is None
         unlabelled += studies[-1].part == "Pt" and not recipe.visit.problem
     who = {case_id: (visit.trial, visit.patient) for case_id, visit in cases.items()}
@@ -180,6 +191,7 @@ def convert_ghsg(args: argparse.Namespace) -> None:
         messages.append(f"{unlabelled} cases without lesion contours are for pretraining only (imagesPt)")
     if without_row:
         messages.append(f"{without_row} cases have no row in {args.clinical}; what the headers say is taken")
+    messages += left_out(shortened, args.clinical) + still_unknown([study.record for study in studies])
     if doubtful:
         shown = ", ".join(doubtful[:5]) + (", ..." if doubtful[5:] else "")
         messages.append(f"{args.clinical}: the rows of {shown} may be of others "
@@ -210,8 +222,11 @@ def main() -> None:
     add("--clinical", type=Path, metavar="FILE", help="table (csv or xlsx) of stage, age, sex, ... a patient")
     add("--columns", nargs="+", default=[], metavar="OURS=THEIRS", help="how the table calls columns, as case_id=PatNr "
         f"stage=AnnArbor; ours are {', '.join(PATIENT_COLUMNS)}")  # fmt: skip
-    add("--diagnosis", default="Hodgkin lymphoma", help="where the table has none [Hodgkin lymphoma]")
-    add("--lesion-roi", metavar="REGEX", help="ROIs that are lesions [all but organs, outlines, planning volumes]")
+    add("--diagnosis", metavar="TEXT", help="where the table has none [Hodgkin lymphoma in HD16, HD17 and HD18, else "
+        "unknown]")  # fmt: skip
+    add("--tracer", metavar="TEXT", help="where neither table nor header has one that we know, as 18F-FDG [unknown]")
+    add("--lesion-roi", metavar="REGEX", help="ROIs that are lesions [those that are called or coded so; a case with "
+        "others than lesions and organs waits]")  # fmt: skip
     add("--grid", default="pet", help="grid to write: pet, ct, or a spacing x,y,z in mm [pet]")
     add("--timepoint", type=_timepoint, default=1, metavar="N", help="N-th PET study of a patient by date, or all [1]")
     add("--patient-level", type=_number, metavar="N", help="depth of the folders that are patients, 1: those in DIR; "

@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from nnunet_fratmae.base.command import UserError
 from nnUNet_raw_conversion.dicom.limits import check_file
+from nnUNet_raw_conversion.shown import secrets_of, shown_words
 
 FRAME_OF_REFERENCE = Tag("FrameOfReferenceUID")
 # The contours of an RTSTRUCT and the voxels: large, and no part of a header.
@@ -41,7 +42,7 @@ class Series:
     frame_uid: str
     """Frame of reference of the images, or that an RTSTRUCT refers to; "" if there is none."""
     description: str
-    """SeriesDescription: letters, digits and spaces, at most 40, without words of the patient's name and ID."""
+    """What may be shown of SeriesDescription, see `shown.shown_words`."""
     date: str
     """StudyDate YYYYMMDD or ""; to put studies in order, never shown."""
     files: tuple[Path, ...]
@@ -194,11 +195,17 @@ def _with_lost(series: list[Series], bad: dict[Path, str], strange: list[Path]) 
         if not file.name.startswith(".") and sum(names.get((file.parent, _pattern(file)), {}).values()) > 1:
             bad[file] = ""
     lost: Counter[int] = Counter()
+    beside: Counter[int] = Counter()
     for file, modality in bad.items():
         here = [i for i in images.get(file.parent, ()) if modality in ("", series[i].modality)]
         called_so = [i for i in here if i in names.get((file.parent, _pattern(file)), {})]
         lost.update(called_so or here)
-    return [replace(one, lost=lost[i]) if lost[i] else one for i, one in enumerate(series)]
+        if not images.get(file.parent):  # in a folder of its own, as contours are
+            near = {i for folder, found in images.items() if folder.parent == file.parent.parent for i in found}
+            beside.update(near if len({series[i].patient for i in near}) == 1 else ())
+    said = "{} DICOM files in folders beside the images cannot be read; if contours are among them, copy them again"
+    return [replace(one, lost=lost[i], remarks=(said.format(beside[i]),) if beside[i] else ())
+            for i, one in enumerate(series)]  # fmt: skip
 
 
 def _pattern(file: Path) -> str:
@@ -245,7 +252,4 @@ def _text(header: pydicom.Dataset, keyword: str) -> str:
 
 
 def _description(header: pydicom.Dataset) -> str:
-    words = re.findall(r"[^\W_]+", _text(header, "SeriesDescription"))
-    private = {_text(header, keyword) for keyword in ("PatientName", "PatientID", "PatientBirthDate")}
-    private = {word.lower() for text in private for word in re.findall(r"[^\W_]+", text)}
-    return " ".join(word for word in words if word.lower() not in private)[:40].strip()
+    return shown_words(_text(header, "SeriesDescription"), secrets_of([header]))
