@@ -24,7 +24,7 @@ from nnunet_fratmae.base.command import UserError
 from plans.contract import Contract
 from plans.settings import Settings
 from plans.units import MODALITIES
-from pretraining.checkpoint import BEST, LATEST, PREVIOUS, load_latest, save
+from pretraining.checkpoint import BEST, LATEST, PREVIOUS, check_run, load_latest, save
 from pretraining.data import Batches, Case, DiskPatches, MemoryPatches, Views, case_weights
 from pretraining.evaluation import evaluate, evaluate_retrieval, hold_out_patches
 from pretraining.export import export
@@ -336,7 +336,7 @@ class Pretraining:
                                 "with -o")  # fmt: skip
             return None
         checkpoint = load_latest(self.folder)
-        begun, mine = checkpoint["identity"], self.identity
+        begun, mine = {**dict.fromkeys(self.identity), "passes": {}, **checkpoint.get("identity", {})}, self.identity
         where = f"--c: the run in {self.folder} was begun with"
         if begun["settings"] != mine["settings"]:
             raise UserError(f"{where} other settings; give the same -m, -preset and --set")
@@ -347,6 +347,7 @@ class Pretraining:
                 micro, rest = (size, 0) if what == ONE_GPU else divmod(size, self.fabric.world_size)
                 way_out = "take another -num_gpus" if rest else f"set pretrain.micro_batch_size={micro}"
                 raise UserError(f"{where} passes of {size} patches {what}, and their result hangs on that; {way_out}")
+        check_run(checkpoint, self.folder)
         return checkpoint
 
     def _contract(self) -> Contract:
