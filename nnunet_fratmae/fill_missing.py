@@ -7,7 +7,6 @@ model saw in training with finetune.modality_dropout. What is there is linked (c
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import re
 import shutil
@@ -19,6 +18,7 @@ import SimpleITK as sitk
 from nnunet_fratmae.base.command import UserError, run_command
 from nnunet_fratmae.base.files import renamed
 from plans.extension import channel_modalities, find_channels
+from plans.models import read_model_files
 from plans.settings import Settings
 from plans.staging import NETWORK as STAGING_NETWORK
 from plans.staging import STAGING_CONFIGURATION
@@ -69,11 +69,7 @@ def read_model(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     Raises:
         UserError: they are not there, or the model is not FratMAE's, or takes one image a case.
     """
-    try:
-        plans, dataset_json = (json.loads((folder / name).read_text()) for name in ("plans.json", "dataset.json"))
-    except (OSError, json.JSONDecodeError) as error:
-        raise UserError(f"-m {folder}: plans.json or dataset.json cannot be read ({type(error).__name__}); give a "
-                        "folder FratMAETrainer__... of nnUNet_results") from None  # fmt: skip
+    plans, dataset_json = read_model_files(folder, "FratMAETrainer__...")
     if "fratmae" not in plans:
         raise UserError(f"-m {folder}: is no model of FratMAETrainer, so it needs CT and PET of every case")
     if len(find_channels(dataset_json)) < len(MODALITIES):

@@ -6,7 +6,6 @@ from __future__ import annotations
 import argparse
 import csv
 import itertools
-import json
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -18,6 +17,7 @@ import numpy as np
 from nnunet_fratmae.base.command import UserError, check_device, run_command
 from nnunet_fratmae.base.files import renamed
 from plans.extension import JOINT_NETWORK, channel_modalities, find_modalities
+from plans.models import check_architecture, read_model_files
 from plans.settings import STACKS, Settings
 from plans.staging import NETWORK, STAGING_CONFIGURATION, staging_plans
 from plans.units import PRETRAINING_UNITS
@@ -91,12 +91,8 @@ def read_model(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     Raises:
         UserError: they are not there, or are no model with a classifier.
     """
-    try:
-        plans, dataset_json = (json.loads((folder / name).read_text()) for name in ("plans.json", "dataset.json"))
-    except (OSError, json.JSONDecodeError) as error:
-        raise UserError(f"-m {folder}: plans.json or dataset.json cannot be read ({type(error).__name__}); give a "
-                        "folder ...__FratMAEPlans__wholebody of nnUNet_results") from None  # fmt: skip
-    architectures = [config.get("architecture", {}) for config in plans.get("configurations", {}).values()]
+    plans, dataset_json = read_model_files(folder, "...__FratMAEPlans__wholebody")
+    architectures = [config.get("architecture") or {} for config in plans["configurations"].values()]
     for architecture in architectures:
         if architecture.get("network_class_name") == JOINT_NETWORK:
             return staging_plans(plans, architecture["arch_kwargs"]["stages"]["classes"]), dataset_json
@@ -162,23 +158,25 @@ def load_network(plans: dict[str, Any], dataset_json: dict[str, Any], checkpoint
     Nothing in the file is executed (weights_only), since models are passed on. A joint model's decoder is left out.
 
     Raises:
-        UserError: the file is damaged or of another network.
+        UserError: the plans are of another network, or the file is damaged, of another one, or has weights that are not
+            finite.
     """
-    import torch
     from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 
-    kwargs = plans["configurations"][STAGING_CONFIGURATION]["architecture"]["arch_kwargs"]
+    from nnunet_fratmae.base.weights import check_finite, read_checkpoint
+
+    architecture = plans["configurations"].get(STAGING_CONFIGURATION, {}).get("architecture")
+    check_architecture(architecture, f"{checkpoint.parents[1] / 'plans.json'}, configuration {STAGING_CONFIGURATION}")
+    kwargs = architecture["arch_kwargs"]
     channels = len(channel_modalities(dataset_json))
     network = get_network_from_plans(NETWORK, kwargs, [], channels, len(kwargs["classes"]))
-    # nnU-Net logs the Dice of each epoch as scalars of numpy
-    scalars = [np.float64(0).__reduce__()[0], np.dtype, type(np.dtype(np.float32)), type(np.dtype(np.float64))]
+    weights = read_checkpoint(checkpoint).get("network_weights")
     try:
-        with torch.serialization.safe_globals(scalars):
-            weights = torch.load(checkpoint, map_location="cpu", weights_only=True)["network_weights"]
         network.load_state_dict({k: v for k, v in weights.items() if not k.startswith("decoder.")})
-    except Exception as error:  # noqa: BLE001 - unpickling raises anything
+    except Exception as error:  # noqa: BLE001 - whatever the file holds
         raise UserError(f"{checkpoint}: cannot be read as weights of the network in plans.json ({type(error).__name__}"
                         "); copy the model folder again") from None  # fmt: skip
+    check_finite(network.state_dict(), checkpoint)
     return network.eval()
 
 

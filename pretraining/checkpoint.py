@@ -56,6 +56,8 @@ def check_run(state: dict[str, Any], path: Path) -> None:
         UserError: it is not.
     """
     wrong = [name for name, kind in PARTS.items() if not isinstance(state.get(name), kind)]
+    if "step" in state and not (type(state["step"]) is int and isinstance(state.get("sums"), dict)):
+        wrong.append("step")
     if not wrong and not all(isinstance(value, torch.Tensor) for value in state["model"].values()):
         wrong = ["model"]
     if wrong:
