@@ -6,6 +6,7 @@ import os
 import pickle
 import re
 import shutil
+import warnings
 import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -91,7 +92,8 @@ def nothing_executed() -> Iterator[None]:
 
 
 def _load(path: Path, mmap: bool = False) -> dict[str, Any]:
-    with torch.serialization.safe_globals(NUMPY):
+    with torch.serialization.safe_globals(NUMPY), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's, on pickles of other protocols: such a file is read or refused
         found = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     if not isinstance(found, dict):
         raise ValueError(f"it holds a {type(found).__name__}, no checkpoint")
