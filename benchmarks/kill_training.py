@@ -10,6 +10,7 @@ optimiser that it loaded are compared with those of that checkpoint. The table g
 from __future__ import annotations
 
 import argparse
+import hashlib
 import os
 import random
 import re
@@ -17,82 +18,134 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
+from nnunetv2.run.run_training import run_training_entry
 
 from nnunet_fratmae.checkpoints import BEST, FINAL, LATEST, PREVIOUS, choose_checkpoint
+from nnunet_fratmae.staging_trainer import FratMAEStagingTrainer
+from nnunet_fratmae.trainer import FratMAETrainer
 
 SETTINGS = (
     "token_patch=[8,16,16] finetune.patch=[16,32,48] finetune.batch_size=2 finetune.epochs=2000 finetune.iterations=1 "
     "finetune.val_iterations=1 wholebody.grid=[32,48,64] staging.epochs=2000 staging.patience=null staging.workers=0"
 )
-TRAININGS = {
-    "segmentation": ("3d_fullres", "FratMAETrainer"),
-    "staging": ("wholebody", "FratMAEStagingTrainer"),
-}
+TRAININGS = {"segmentation": ("3d_fullres", FratMAETrainer), "staging": ("wholebody", FratMAEStagingTrainer)}
 AIMED, SAVING = 0.8, 0.06  # share of the kills that wait for a checkpoint to be written; seconds that it takes
-# Saves at every epoch, and says what it has loaded: in the child only, nnU-Net and the trainers are as they are
-CHILD = """
-import sys, torch
-from nnunetv2.run import run_training as stock
-from nnunet_fratmae.trainer import FratMAETrainer
-from nnunet_fratmae.staging_trainer import FratMAEStagingTrainer
+LONGEST = 400  # seconds until something is written, on a machine that is shared
 
-def digest(state):
-    import hashlib
+
+def digest(state: Any) -> str:
+    """A number of all tensors and values in nested dictionaries and lists."""
     total = hashlib.sha256()
-    def walk(value):
-        if isinstance(value, torch.Tensor): total.update(value.detach().cpu().contiguous().numpy().tobytes())
-        elif isinstance(value, dict): [walk(value[key]) for key in value]
-        elif isinstance(value, (list, tuple)): [walk(one) for one in value]
-        else: total.update(repr(value).encode())
+
+    def walk(value: Any) -> None:
+        if isinstance(value, torch.Tensor):
+            total.update(value.detach().contiguous().numpy().tobytes())
+        elif isinstance(value, dict | list | tuple):
+            for one in value.values() if isinstance(value, dict) else value:
+                walk(one)
+        else:
+            total.update(repr(value).encode())
+
     walk(state)
     return total.hexdigest()[:16]
 
-for trainer in (FratMAETrainer, FratMAEStagingTrainer):
-    def use(self, before=trainer._use_finetune_settings):
-        before(self); self.save_every = 1
-    trainer._use_finetune_settings = use
-def load(self, *args, before=FratMAETrainer.load_checkpoint, **kwargs):
-    before(self, *args, **kwargs)
-    weights = self.bare_network().state_dict()
-    print("LOADED", self.current_epoch, digest(weights), digest(self.optimizer.state_dict()["state"]), flush=True)
-FratMAETrainer.load_checkpoint = load
-if __name__ == "__main__":
-    if sys.argv[1:2] == ["digest"]:
-        checkpoint = torch.load(sys.argv[2], weights_only=False)
-        print("SAVED", checkpoint["current_epoch"], digest(checkpoint["network_weights"]),
-              digest(checkpoint["optimizer_state"]["state"]))
-    else:
-        stock.run_training_entry()
-"""
 
-
-def start(work: Path, kind: str, more: list[str]) -> tuple[subprocess.Popen, Path]:
-    """A training in a session of its own, and the file of its output."""
+def train(kind: str, more: list[str]) -> None:
+    """nnUNetv2_train in this process, with a checkpoint after every epoch and a line about what it has loaded."""
     configuration, trainer = TRAININGS[kind]
-    command = [sys.executable, "-u", str(work / "child.py"), "7", configuration, "0", "-tr", trainer, "-p",
-               "FratMAEPlans", "-device", "cpu", *more]  # fmt: skip
-    log = work / "log.txt"
-    with log.open("w") as output:
-        return subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True), log
+    use, load = trainer._use_finetune_settings, FratMAETrainer.load_checkpoint
+
+    def save_often(self: FratMAETrainer) -> None:
+        use(self)
+        self.save_every = 1
+
+    def say(self: FratMAETrainer, *args: str) -> None:
+        load(self, *args)
+        weights, optimizer = self.bare_network().state_dict(), self.optimizer.state_dict()["state"]
+        print("LOADED", self.current_epoch, digest(weights), digest(optimizer), flush=True)
+
+    trainer._use_finetune_settings, FratMAETrainer.load_checkpoint = save_often, say
+    sys.argv = ["nnUNetv2_train", "7", configuration, "0", "-tr", trainer.__name__, "-p", "FratMAEPlans", "-device",
+                "cpu", *more]  # fmt: skip
+    run_training_entry()
 
 
-def kill(process: subprocess.Popen) -> None:
-    """SIGKILL to the training and the processes that load its patches."""
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+def start(kind: str, more: list[str], log: Path) -> int:
+    """The number of a forked process that trains, so that nothing has to be imported again; its output is in `log`."""
+    sys.stdout.flush()
+    if process := os.fork():
+        return process
+    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    try:
+        train(kind, more)
+    except BaseException as error:  # noqa: BLE001 - this process must not go on with the parent's work
+        print(f"ENDED {error!r}", flush=True)
+    finally:
+        os._exit(1)
 
 
-def wait_for(condition, process: subprocess.Popen, log: Path, seconds: float = 240) -> None:
+def wait_for(condition: Callable[[], Any], process: int, log: Path) -> None:
     """Until `condition()` holds; a training that ends by itself is a failure."""
-    end = time.monotonic() + seconds
+    end = time.monotonic() + LONGEST
     while not condition():
-        if process.poll() is not None or time.monotonic() > end:
-            kill(process) if process.poll() is None else None
+        if os.waitpid(process, os.WNOHANG)[0] or time.monotonic() > end:
             sys.exit(f"the training ended or hung:\n{log.read_text()[-3000:]}")
-        time.sleep(0.0005)
+        time.sleep(0.001)
+
+
+def prepare(work: Path) -> None:
+    """nnU-Net's folders below `work`, and in them eight planned phantoms."""
+    for name in ("raw", "preprocessed", "results"):
+        (work / name).mkdir(parents=True, exist_ok=True)
+    if not any((work / "preprocessed").iterdir()):
+        for command in ("fratmae_phantom -d 7 -n 8 --seed 1 --spacing 10 11 12",
+                        f"fratmae_plan_and_preprocess -d 7 -preset vit_nano -np 1 --set {SETTINGS}"):  # fmt: skip
+            program, *rest = command.split()
+            subprocess.run([str(Path(sys.executable).parent / program), *rest], check=True)
+
+
+def one_kill(work: Path, kind: str, chance: random.Random) -> tuple[str, dict[str, bool]]:
+    """Go on where there is something, compare, train, kill; the row of the table and what is counted."""
+    configuration, trainer = TRAININGS[kind]
+    fold = work / "results" / "Dataset007_Phantom" / f"{trainer.__name__}__FratMAEPlans__{configuration}" / "fold_0"
+    log = work / f"{kind}.log"
+
+    def written() -> int:
+        return (fold / LATEST).stat().st_mtime_ns if (fold / LATEST).is_file() else 0
+
+    process = start(kind, ["--c"] if written() else [], log)
+    for _ in range(chance.randint(1, 3)):
+        before = written()
+        wait_for(lambda before=before: written() != before, process, log)
+    if chance.random() < AIMED:
+        wait_for(lambda: any(fold.glob(".partial_*checkpoint*")), process, log)
+        time.sleep(chance.random() * SAVING)
+    else:
+        time.sleep(chance.random())
+    os.kill(process, signal.SIGKILL)
+    os.waitpid(process, 0)
+    writing = any(fold.glob(".partial_*checkpoint*"))
+    names = [name for name in (FINAL, LATEST, PREVIOUS, BEST) if (fold / name).is_file()]
+    asked = next(fold / name for name in (FINAL, LATEST, BEST) if (fold / name).is_file())  # nnU-Net's order
+    chosen, checkpoint, notes = choose_checkpoint(asked)
+    saved = [digest(checkpoint["network_weights"]), digest(checkpoint["optimizer_state"]["state"])]
+    process = start(kind, ["--c"], log)
+    wait_for(lambda: re.search("LOADED(?s:.*)(Epoch time|val_losses)", log.read_text()), process, log)
+    os.kill(process, signal.SIGKILL)
+    os.waitpid(process, 0)
+    epoch, *loaded = re.search(r"LOADED (\d+) (\w+) (\w+)", log.read_text()).groups()
+    is_equal = loaded == saved and int(epoch) == checkpoint["current_epoch"]
+    there = ", ".join(name[11:-4] for name in names)
+    row = (f"| {kind} | {'yes' if writing else 'no'} | {there} | {chosen.name[11:-4]}, after epoch {int(epoch) - 1} | "
+           f"{'equal' if is_equal else 'DIFFERENT'} |")  # fmt: skip
+    return row, {"while writing": writing, "fell back": bool(notes), "equal": is_equal}
 
 
 def main() -> None:
@@ -102,68 +155,29 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     work, chance = args.work.resolve(), random.Random(args.seed)
-    for name in ("raw", "preprocessed", "results"):
-        (work / name).mkdir(parents=True, exist_ok=True)
-        os.environ[f"nnUNet_{name}"] = str(work / name)
-    os.environ |= {"nnUNet_n_proc_DA": "0", "nnUNet_def_n_proc": "1", "OMP_NUM_THREADS": "1"}
-    os.environ.pop("FRATMAE_PRETRAINED", None)
-    (work / "child.py").write_text(CHILD)
-    if not any((work / "preprocessed").iterdir()):
-        for command in ("fratmae_phantom -d 7 -n 8 --seed 1 --spacing 10 11 12",
-                        f"fratmae_plan_and_preprocess -d 7 -preset vit_nano -np 1 --set {SETTINGS}"):  # fmt: skip
-            program, *rest = command.split()
-            subprocess.run([str(Path(sys.executable).parent / program), *rest], check=True)
-    rows, counts = [], {"goes on": 0, "while writing": 0, "fell back": 0, "equal": 0}
-    for number in range(args.n):
-        kind = list(TRAININGS)[number % 2]
-        row, found = one_kill(work, kind, chance)
-        counts["goes on"] += 1
-        for name, value in found.items():
-            counts[name] += value
-        rows.append(f"| {number + 1} | {kind} | {row}")
+    prepare(work)
+    counts = {"while writing": 0, "fell back": 0, "equal": 0}
+    rows = ["| kill | training | a checkpoint was being written | there | goes on from | weights and optimiser |",
+            "|---|---|---|---|---|---|"]  # fmt: skip
+    for number in range(1, args.n + 1):
+        row, found = one_kill(work, list(TRAININGS)[number % 2], chance)
+        counts = {name: count + found[name] for name, count in counts.items()}
+        rows.append(f"| {number} {row}")
         print(rows[-1], flush=True)
-        head = ["| kill | training | a checkpoint was being written | there | goes on from | weights and optimiser |",
-                "|---|---|---|---|---|---|"]  # fmt: skip
-        last = ", ".join(f"{name}: {count}" for name, count in counts.items())
-        last = f"{len(rows)} kills; {last}. torch {torch.__version__}, seed {args.seed}."
-        (work / "kills.md").write_text("\n".join([*head, *rows, "", last, ""]))
+        last = f"{number} kills; " + ", ".join(f"{name}: {count}" for name, count in counts.items())
+        last += f". torch {torch.__version__}, seed {args.seed}, {os.cpu_count()} cores."
+        (work / "kills.md").write_text("\n".join([*rows, "", last, ""]))
     print(last)
 
 
-def one_kill(work: Path, kind: str, chance: random.Random) -> tuple[str, dict[str, bool]]:
-    """Train, kill, go on; the rest of the row and what is counted."""
-    configuration, trainer = TRAININGS[kind]
-    fold = work / "results" / "Dataset007_Phantom" / f"{trainer}__FratMAEPlans__{configuration}" / "fold_0"
-    latest = fold / LATEST
-
-    def written() -> int:
-        return latest.stat().st_mtime_ns if latest.is_file() else 0
-
-    process, log = start(work, kind, ["--c"] if latest.is_file() else [])
-    for _ in range(chance.randint(1, 3)):
-        before = written()
-        wait_for(lambda before=before: written() != before, process, log)
-    if chance.random() < AIMED:
-        wait_for(lambda: any(fold.glob(".partial_*checkpoint*")), process, log)
-        time.sleep(chance.random() * SAVING)
-    else:
-        time.sleep(chance.random())
-    kill(process)
-    writing = any(fold.glob(".partial_*checkpoint*"))
-    names = [name for name in (FINAL, LATEST, PREVIOUS, BEST) if (fold / name).is_file()]
-    asked = next(fold / name for name in (FINAL, LATEST, BEST) if (fold / name).is_file())  # nnU-Net's order
-    chosen, checkpoint, notes = choose_checkpoint(asked)
-    command = [sys.executable, str(work / "child.py"), "digest", str(chosen)]
-    saved = subprocess.run(command, text=True, check=True, stdout=subprocess.PIPE).stdout.split()[-3:]
-    process, log = start(work, kind, ["--c"])
-    wait_for(lambda: re.search("LOADED(?s:.*)(Epoch time|val_losses)", log.read_text()), process, log)
-    kill(process)
-    loaded = re.search(r"LOADED (\d+) (\w+) (\w+)", log.read_text()).groups()
-    is_equal = list(loaded) == saved
-    row = (f"{'yes' if writing else 'no'} | {', '.join(n[11:-4] for n in names)} | {chosen.name[11:-4]}, after epoch "
-           f"{checkpoint['current_epoch'] - 1} | {'equal' if is_equal else 'DIFFERENT'} |")  # fmt: skip
-    return row, {"while writing": writing, "fell back": bool(notes), "equal": is_equal}
-
-
 if __name__ == "__main__":
+    for name in ("raw", "preprocessed", "results"):
+        folder = Path(sys.argv[1] if len(sys.argv) > 1 else ".").resolve() / name
+        if os.environ.get(f"nnUNet_{name}") != str(folder):  # nnU-Net reads them when it is imported
+            os.environ[f"nnUNet_{name}"] = str(folder)
+            again = True
+    if "again" in globals():
+        os.environ |= {"nnUNet_n_proc_DA": "0", "nnUNet_def_n_proc": "1", "OMP_NUM_THREADS": "1"}
+        os.environ.pop("FRATMAE_PRETRAINED", None)
+        os.execv(sys.executable, [sys.executable, *sys.argv])
     main()

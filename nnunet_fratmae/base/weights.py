@@ -165,6 +165,8 @@ def whole_checkpoint(path: Path, previous: Path | None = None) -> Iterator[Path]
                 _keep(path, previous)
         except UNREADABLE as error:
             reason = " ".join(str(error).split())[:200]
+            if "inline_container" in reason:  # where torch's writer in C++ noticed
+                reason = "the disk took only a part of it"
             raise UserError(f"{path}: cannot be written ({reason}); is the disk full ({_free(path.parent)})? "
                             f"{_way_out(path.parent)}") from error  # fmt: skip
     with suppress(OSError):  # of file systems that know no such thing
