@@ -91,7 +91,7 @@ def prepare(todo: Comparison, args: argparse.Namespace) -> Path:
     raw, preprocessed = (todo.work / part / f"Dataset{DATASET_ID}_{name}" for part in ("raw", "preprocessed"))
     if args.studies:
         convert = (f"fratmae_convert_pairs -i {shlex.quote(str(args.studies.resolve()))} -d {DATASET_ID} -n {name} "
-                   "--ct CTres.nii.gz --pet SUV.nii.gz --seg SEG.nii.gz --grid 6,6,6 -np 2")  # fmt: skip
+                   "--keep-names --ct CTres.nii.gz --pet SUV.nii.gz --seg SEG.nii.gz --grid 6,6,6 -np 2")  # fmt: skip
     else:
         anatomy = shlex.quote(str(args.anatomy.resolve()))
         convert = f"fratmae_phantom -d {DATASET_ID} --anatomy {anatomy} --spacing 8 8 8 -np 2"

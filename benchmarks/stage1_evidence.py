@@ -57,7 +57,7 @@ def main() -> None:
     convert = f"fratmae_phantom -d {DATASET_ID} -n {args.cases} --seed 3 --spacing 10 10 12 -np 2"
     if args.studies:
         convert = (f"fratmae_convert_pairs -i {shlex.quote(str(args.studies.resolve()))} -d {DATASET_ID} -n Studies "
-                   "--ct CTres.nii.gz --pet SUV.nii.gz --seg SEG.nii.gz -np 2")  # fmt: skip
+                   "--keep-names --ct CTres.nii.gz --pet SUV.nii.gz --seg SEG.nii.gz -np 2")  # fmt: skip
     settings = " ".join([*SETTINGS, f"pretrain.text_tower={tower}", "pretrain.text_weights=null", *args.set])
     pretrain = f"fratmae_pretrain -d {DATASET_ID} -device {args.device}"
     steps = {

@@ -27,7 +27,7 @@ PREDICT = f"nnUNetv2_predict -d 908 -c 3d_fullres -f 0 1 {MODEL} -device cpu -np
 PLANS = "preprocessed/Dataset908_Studies/FratMAEPlans.json"
 TRAINED = "results/Dataset908_Studies/FratMAETrainer__FratMAEPlans__3d_fullres"
 COMMANDS = f"""
-fratmae_convert_pairs -i STUDIES -d 908 -n Studies --ct CTres.nii.gz --pet SUV.nii.gz --seg SEG.nii.gz --grid 6,6,6 -np 2
+fratmae_convert_pairs -i STUDIES -d 908 -n Studies --keep-names --ct CTres.nii.gz --pet SUV.nii.gz --seg SEG.nii.gz --grid 6,6,6
 fratmae_plan_and_preprocess -d 908 -preset vit_nano -np 2 --set token_patch=[8,8,8] finetune.epochs=2 finetune.iterations=25 finetune.val_iterations=2 finetune.batch_size=2 pretrain.epochs=1 pretrain.patches_per_case=1 pretrain.batch_size=4
 fratmae_pretrain -d 908 -m fratmae_notext -o pretraining -device cpu
 FRATMAE_PRETRAINED=pretraining nnUNetv2_train 908 3d_fullres 0 {MODEL} -device cpu --npz

@@ -19,11 +19,10 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import SimpleITK as sitk
-
 from nnunet_fratmae.base.command import UserError, run_command
 from nnUNet_raw_conversion.clinical import ClinicalRecord, clinical_record, name_patients, read_table
 from nnUNet_raw_conversion.conversion import Loaded, Study, convert_studies
+from nnUNet_raw_conversion.diagnoses import known_diagnosis
 from nnUNet_raw_conversion.geometry import read_image
 from nnUNet_raw_conversion.raw_dataset import RawDataset
 from nnUNet_raw_conversion.splits import (
@@ -35,6 +34,7 @@ from nnUNet_raw_conversion.splits import (
     shared_patients,
     write_splits,
 )
+from nnUNet_raw_conversion.tracers import tracer_name
 
 COHORTS = {"petct": "fdg", "psma": "psma"}  # by the first word of a patient's folder
 RELEASE_FILE = re.compile(r"((fdg|psma)_([0-9a-z]+)_(.+?))(?:_000[01])?\.nii\.gz", re.IGNORECASE)
@@ -169,7 +169,8 @@ def read_metadata(path: Path) -> dict[str, list[Row]]:
         if tracer and not re.search("psma|fdg", tracer, re.IGNORECASE):
             tracer += " PSMA"
         try:
-            record = clinical_record("?", tracer, DIAGNOSES.get(diagnosis, diagnosis), said["age"], said["sex"])
+            known, _ = known_diagnosis(DIAGNOSES.get(diagnosis, diagnosis))
+            record = clinical_record("?", tracer_name(tracer), known, said["age"], said["sex"])
         except UserError as error:
             raise UserError(f"{path}, line {line}: {error}") from None
         places = frozenset(" ".join(part.split()) for part in re.split(r"[/\\]", said["location"]) if part)
@@ -236,16 +237,10 @@ def _date(text: str) -> str:
 def load_scan(scan: Scan) -> Loaded:
     """Read the three images of a study; messages have no path, which has a date."""
     files = {"CT": scan.ct, "PET": scan.pet, "segmentation": scan.lesions}
-    ct, pet, lesions = (_read(what, path) for what, path in files.items())
+    notes: list[str] = []
+    ct, pet, lesions = (read_image(path, what, notes) for what, path in files.items())
     used = {"CT": "resampled to the PET by the authors", "PET": "SUVbw by the authors"}
-    return Loaded(ct=ct, pet=pet, lesions=lesions, notes=[], used=used, rois=[])
-
-
-def _read(what: str, path: Path) -> sitk.Image:
-    try:
-        return read_image(path)
-    except UserError as error:
-        raise UserError(str(error).replace(str(path), what)) from None
+    return Loaded(ct=ct, pet=pet, lesions=lesions, notes=list(dict.fromkeys(notes)), used=used, rois=[])
 
 
 def convert_autopet(args: argparse.Namespace) -> None:

@@ -7,19 +7,11 @@ import SimpleITK as sitk
 from scipy import ndimage, stats
 
 from nnunet_fratmae.base.command import UserError
-from nnUNet_raw_conversion.geometry import (
-    canonical,
-    check_finite,
-    overlap_fraction,
-    resample_to,
-    same_grid,
-    target_grid,
-)
+from nnunet_fratmae.base.grids import check_size, grid_distance, same_grid
+from nnunet_fratmae.base.hu_suv import AIR_HU, check_alone, check_hu, check_pair, check_suv
+from nnunet_fratmae.base.volumes import check_finite
+from nnUNet_raw_conversion.geometry import as_float, canonical, overlap_fraction, resample_to, target_grid
 
-AIR_HU = -1024
-# Body means (CT > -300 HU) of the 36 soft-tissue-sarcoma patients, small boxes around a tumour: SUV 0.45 to 2.0;
-# of a whole body 0.78 (1 at most by definition, where nothing is excreted). In Bq/ml they are hundreds to thousands.
-BODY_MEAN_SUV = (0.01, 20)
 # See `outline_agreement`. The right pairs are far above: 35 real patients 0.92 or more (the 36th shows too little air),
 # with noise of SUV 1 on each voxel 0.919, at a tenth of the counts still 0.977 in a real whole-body PET (body outline
 # from the PET itself, with a table), phantoms 0.997. Of 1260 pairs of different patients put centre on centre 61% are
@@ -48,20 +40,22 @@ def checked_case(
     ct, pet = None if ct is None else _checked_ct(ct, notes), _checked_pet(pet, notes)
     # The share of the smaller of the two: a narrow CT of the whole body fills half of a wide PET of the trunk.
     if ct is not None and max(overlap_fraction(ct, pet), overlap_fraction(pet, ct)) < 0.25:
-        raise UserError("CT and PET hardly overlap: different subjects or wrong pairing; pair the files anew")
+        raise UserError("CT and PET hardly overlap: different subjects or wrong pairing; pair the files anew",
+                        "PAIR_DISAGREES")  # fmt: skip
     target = target_grid(ct, pet, grid)
     if lesions is not None:
         lesions = _lesions_on(_checked_lesions(lesions, ct, pet, target), target, notes)
     pet = _on_grid(pet, target, 0, "PET", grid, notes)
     if ct is not None:
         ct = _on_grid(ct, target, AIR_HU, "CT", grid, notes)
-        _check_pair(ct, pet)
+        notes += check_pair(sitk.GetArrayViewFromImage(ct), sitk.GetArrayViewFromImage(pet))
+        _check_outlines(ct, pet)
         if np.mean(np.all(sitk.GetArrayViewFromImage(ct) == AIR_HU, axis=(1, 2))) > 0.05:
             notes.append("the CT ends before the PET, where it is filled with air")
     else:
         ct = sitk.Cast(target, sitk.sitkFloat32) * 0 + AIR_HU
         notes.append(f"no CT: filled with air ({AIR_HU} HU)")
-        _check_alone(pet)
+        notes += check_alone(sitk.GetArrayViewFromImage(pet))
     return ct, pet, lesions, notes
 
 
@@ -90,33 +84,24 @@ def outline_agreement(ct: sitk.Image, pet: sitk.Image) -> float | None:
 
 
 def _checked_ct(ct: sitk.Image, notes: list[str]) -> sitk.Image:
-    ct = sitk.Cast(ct, sitk.sitkFloat32)
+    check_size(ct, "CT")
+    ct = as_float(ct)
     hu = sitk.GetArrayViewFromImage(ct)
     check_finite(hu, "CT")
-    low, high = hu.min(), hu.max()
-    # Every part of a body has fat (-100 HU), lung or air about it. Not so images without the rescale intercept (0 and
-    # more, apart from the scanner's padding of -2000), windowed to 0..255, or normalised to mean 0.
-    if np.mean((hu >= AIR_HU) & (hu < -50)) < 0.01:
-        why = "rescale intercept missing?" if high > 300 else "normalised?"
-        raise UserError(f"CT has no fat and no air (values {low:g} to {high:g}): not HU, {why}; give the CT in HU")
-    if low < AIR_HU:
+    check_hu(hu)
+    if hu.min() < AIR_HU:
         notes.append(f"CT padding below {AIR_HU} HU raised to {AIR_HU}")
         ct = sitk.Clamp(ct, lowerBound=AIR_HU)
     return ct
 
 
 def _checked_pet(pet: sitk.Image, notes: list[str]) -> sitk.Image:
-    pet = sitk.Cast(pet, sitk.sitkFloat32)
+    check_size(pet, "PET")
+    pet = as_float(pet)
     suv = sitk.GetArrayViewFromImage(pet)
     check_finite(suv, "PET")
-    negative, total = -suv[suv < 0].sum(dtype=float), np.abs(suv).sum(dtype=float)
-    if total == 0:
-        raise UserError("PET is zero everywhere; export it again")
-    # Splines undershoot beside a bladder of SUV 50 by several units, but over the image that is next to nothing.
-    if negative > 0.01 * total:
-        raise UserError(f"PET has negative values (down to {suv.min():g}), as normalised images have; give it in SUVbw")
-    if negative > 0:
-        notes.append("small negative PET values (interpolation) set to 0")
+    if negative := check_suv(suv):
+        notes.append(negative)
         pet = sitk.Clamp(pet, lowerBound=0)
     return pet
 
@@ -125,14 +110,15 @@ def _checked_lesions(lesions: sitk.Image, ct: sitk.Image | None, pet: sitk.Image
     if not any(same_grid(canonical(lesions), canonical(image)) for image in (pet, target, ct) if image is not None):
         size = "x".join(map(str, lesions.GetSize())), "x".join(map(str, pet.GetSize()))
         raise UserError(f"segmentation ({size[0]} voxels) is not on the grid of the PET ({size[1]}); "
-                        "resample it to the PET (nearest neighbour)")  # fmt: skip
+                        "resample it to the PET (nearest neighbour)", "LESIONS_GRID")  # fmt: skip
     labels = sitk.GetArrayViewFromImage(lesions)
     strange = labels[(labels != 0) & (labels != 1)]
     if strange.size:
         values = np.unique(strange)
         shown = ", ".join(f"{v:g}" for v in values[:5]) + (", ..." if values.size > 5 else "")
         hint = "interpolated? resample it with nearest neighbour" if np.any(values % 1) else "map them to 0 or 1"
-        raise UserError(f"segmentation has the value {shown} beside 0 (background) and 1 (lesion); {hint}")
+        raise UserError(f"segmentation has the value {shown} beside 0 (background) and 1 (lesion); {hint}",
+                        "LESIONS_VALUES")  # fmt: skip
     return sitk.Cast(lesions, sitk.sitkUInt8)
 
 
@@ -142,11 +128,19 @@ def _on_grid(
     """`image` on the grid of `target`, and exactly there: rounding errors of headers shall not reach nnU-Net."""
     turned = canonical(image)
     if same_grid(turned, target):
-        turned.CopyInformation(target)
-        return turned
+        return _exactly(turned, target)
     whose = {"pet": "the PET's grid", "ct": "the CT's grid"}.get(grid, f"a grid of {grid} mm")
     notes.append(f"{name} resampled to {whose}")
     return resample_to(image, target, fill)
+
+
+def _exactly(image: sitk.Image, target: sitk.Image) -> sitk.Image:
+    """`image`, which is on the grid of `target` but for rounding; a copy only where that is needed."""
+    if grid_distance(image, target) == 0:
+        return image
+    image = sitk.Image(image)
+    image.CopyInformation(target)
+    return image
 
 
 def _lesions_on(lesions: sitk.Image, target: sitk.Image, notes: list[str]) -> sitk.Image:
@@ -154,8 +148,7 @@ def _lesions_on(lesions: sitk.Image, target: sitk.Image, notes: list[str]) -> si
     keeps volumes and smooth surfaces where nearest neighbours make steps and lose thin parts by chance."""
     turned = canonical(lesions)
     if same_grid(turned, target):
-        turned.CopyInformation(target)
-        return turned
+        return _exactly(turned, target)
     result = resample_to(lesions, target, 0) >= 0.5
     before, after = (np.count_nonzero(sitk.GetArrayViewFromImage(i)) * np.prod(i.GetSpacing()) / 1000
                      for i in (lesions, result))  # fmt: skip
@@ -164,30 +157,12 @@ def _lesions_on(lesions: sitk.Image, target: sitk.Image, notes: list[str]) -> si
     return result
 
 
-def _check_pair(ct: sitk.Image, pet: sitk.Image) -> None:
-    body = sitk.GetArrayViewFromImage(ct) > -300
-    if not body.any():
-        raise UserError("CT shows no body (above -300 HU) where the PET is: wrong pairing? pair the files anew")
-    _check_units(sitk.GetArrayViewFromImage(pet)[body].mean(dtype=float))
+def _check_outlines(ct: sitk.Image, pet: sitk.Image) -> None:
     agreement = outline_agreement(ct, pet)
     if agreement is not None and agreement < LEAST_OUTLINE_AGREEMENT:
         raise UserError(f"the bodies in CT and PET disagree (agreement {agreement:.2f}, at least "
                         f"{LEAST_OUTLINE_AGREEMENT} is needed): different subjects or wrong pairing; "
-                        "look at both and pair the files anew")  # fmt: skip
-
-
-def _check_alone(pet: sitk.Image) -> None:
-    """Without a CT the body is what has more uptake than the mean of the image, air included, in any unit."""
-    suv = sitk.GetArrayViewFromImage(pet)
-    _check_units(suv[suv > suv.mean(dtype=float)].mean(dtype=float))
-
-
-def _check_units(mean: float) -> None:
-    least, most = BODY_MEAN_SUV
-    if mean > most:
-        raise UserError(f"PET has a mean of {mean:.0f} in the body, as Bq/ml has, not SUVbw; convert it to SUVbw")
-    if mean < least:
-        raise UserError(f"PET has a mean of {mean:.2g} in the body: scaled, not SUVbw; give the PET in SUVbw")
+                        "look at both and pair the files anew", "PAIR_DISAGREES")  # fmt: skip
 
 
 def _coarse(image: sitk.Image) -> sitk.Image:

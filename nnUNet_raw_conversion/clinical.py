@@ -17,16 +17,8 @@ from dataclasses import astuple, dataclass, fields, replace
 from pathlib import Path
 
 from nnunet_fratmae.base.command import UserError
+from nnUNet_raw_conversion.tracers import tracer_name
 
-# A tracer is compared by its letters and digits alone: "[18F]F-PSMA-1007" is "18ffpsma1007" here.
-_F18 = "(?:18f|f18|18fluorine?|fluorine?18|18fluor|fluor18)f?"
-_GA68 = "(?:68ga|ga68|68gallium|gallium68)(?:ga)?"
-_FDG = "(?:fdg|fluoro?de[sz]?oxyglu[ck]ose|2?deoxy2(?:18f)?fluorodglu[ck]ose)+"
-TRACERS = {
-    "18F-FDG": f"(?:{_F18})?2?{_FDG}(?:{_F18})?",
-    "18F-PSMA": f"{_F18}(?:rh)?psma[0-9]*|(?:rh)?psma(?:1007|7|73)?{_F18}|psma1007|(?:{_F18})?dcfpyl",
-    "68Ga-PSMA": f"{_GA68}psma(?:11|617|it)?|psma(?:11|617|it)?{_GA68}|psma11",
-}
 SEXES = {
     **dict.fromkeys(("m", "male", "männlich", "maennlich"), "M"),
     **dict.fromkeys(("f", "female", "w", "weiblich"), "F"),
@@ -280,8 +272,7 @@ def _letters(text: str | None) -> str:
 
 
 def _tracer(text: str | None) -> str | None:
-    key = _letters(text)
-    return next((name for name, pattern in TRACERS.items() if re.fullmatch(pattern, key)), text)
+    return tracer_name(text) or text
 
 
 def _age(text: str | None) -> float | None:

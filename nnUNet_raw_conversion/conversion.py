@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from nnunet_fratmae.base.command import UserError, dataset_number
 from nnunet_fratmae.base.files import WriteError, writing_to
+from nnunet_fratmae.base.memory import fitting
 from nnunet_fratmae.base.pool import KILLED, map_cases
 from nnunet_fratmae.base.tables import csv_text
 from nnUNet_raw_conversion.checks import checked_case
@@ -73,6 +74,8 @@ class Study:
     inputs: Sequence[object] = ()
     """What the case is made of: files, of which size and time of change count, and settings of this case alone, by
     their repr. The case is converted anew when they change."""
+    memory: int = 0
+    """Bytes that converting it needs at most, 0 if that is not known."""
 
 
 def convert_studies(
@@ -109,6 +112,9 @@ def convert_studies(
     todo = [study for study in studies if study.case_id not in rows]
     if rows:
         print(f"{len(rows)} of {len(studies)} cases are done already")
+    processes, line = fitting(min(processes, max(len(todo), 1)), max((study.memory for study in todo), default=0))
+    if line:
+        print(line, file=sys.stderr)
     convert = partial(convert_study, folder=folder, grid=options.get("grid", "pet"))
     try:
         with tqdm(total=len(studies), initial=len(rows), desc="cases", smoothing=0, disable=not todo) as progress:
@@ -156,6 +162,7 @@ def convert_study(study: Study, folder: Path, grid: str) -> dict:
         raise
     except UserError as error:
         row["error"], row["code"] = str(error), error.code
+        row["rois"] = getattr(error, "rois", row["rois"])  # of dicom.lesions.RoisError
     except MemoryError:
         row["error"] = "the memory is too small for it; try a smaller -np"
     except Exception as error:  # of one broken file in hundreds; its text may name a patient and is not shown

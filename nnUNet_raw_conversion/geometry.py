@@ -2,77 +2,34 @@
 
 from __future__ import annotations
 
-import zlib
-from pathlib import Path
-
-import nibabel
 import numpy as np
 import SimpleITK as sitk
 from scipy import ndimage
 
 from nnunet_fratmae.base.command import UserError
+from nnunet_fratmae.base.grids import affine_of, corners, grid_distance, same_grid, to_physical  # noqa: F401
+from nnunet_fratmae.base.volumes import check_finite, read_image  # noqa: F401 - to converters, all of it is geometry
 
-# Headers are rounded to single precision and moved through quaternions; an offset of 1% of a PET voxel is none.
-GRID_TOLERANCE_MM = 0.05
+# Voxels of a case as it is written, 1.2 GB as float32 and several times that while it is made; a CT of 512 x 512 x 1100
+# is below. `--grid ct` with fine CTs, and files whose spacing is wrong, ask for more.
+LARGEST_GRID = 300_000_000
 # The axes x, y, z of every image that we write run to the patient's left, back and head, as those of axial DICOM slices
 # do. Where nothing is oblique the direction matrix is then the identity, which even readers that ignore it get right.
 ORIENTATION = "LPS"
-
-
-def read_image(path: Path, called: str | None = None) -> sitk.Image:
-    """Read a scalar 3D image, with the voxel type that the file has.
-
-    Args:
-        called: what messages say instead of the path, where names of folders and files may be those of patients.
-
-    Raises:
-        UserError: the file is missing, cannot be read to its end, is not a scalar 3D image, or (NIfTI) has NaN voxels.
-    """
-    path = Path(path)
-    name = called or str(path)
-    if not path.is_file():
-        raise UserError(f"{name}: there is no such file; add it or correct its name")
-    try:
-        image = sitk.ReadImage(str(path))
-    except RuntimeError as error:
-        # ITK's exceptions are many lines; the last one says what happened.
-        reason = "" if called else f" ({str(error).strip().splitlines()[-1].split('): ')[-1]})"
-        raise UserError(f"{name}: cannot be read; is the file complete?{reason}") from None
-    if path.name.endswith((".nii", ".nii.gz")):
-        _check_nifti(path, name)
-    if image.GetDimension() != 3 or image.GetNumberOfComponentsPerPixel() != 1:
-        what = f"{image.GetDimension()}D with {image.GetNumberOfComponentsPerPixel()} values a voxel"
-        raise UserError(f"{name}: is {what}; give one 3D image with one value a voxel")
-    return image
-
-
-def check_finite(voxels: np.ndarray, what: str) -> None:
-    """Raises UserError, beginning with `what`, if there are voxels that are NaN or infinite."""
-    bad = voxels.size - np.count_nonzero(np.isfinite(voxels))
-    if bad:
-        raise UserError(f"{what}: has {bad} voxels that are NaN or infinite; set them to air in CT, to 0 else")
+AT_ONCE = 1 << 26
+"""Voxels that are resampled in one piece: 256 MB as float32."""
 
 
 def canonical(image: sitk.Image) -> sitk.Image:
     """The image with its axes in the order and senses of `ORIENTATION`, or nearest to them where it is oblique.
 
-    Axes are exchanged and flipped only: every voxel keeps its value and its place in the patient.
+    Axes are exchanged and flipped only: every voxel keeps its value and its place in the patient. An image that is so
+    already is given back itself.
     """
+    code = sitk.DICOMOrientImageFilter.GetOrientationFromDirectionCosines(image.GetDirection())
+    if code == ORIENTATION:
+        return image
     return sitk.DICOMOrient(image, ORIENTATION)
-
-
-def grid_distance(a: sitk.Image, b: sitk.Image) -> float:
-    """How far (mm, along one axis of space) a corner of `a` lies from the same corner of `b`, two 3D images; infinite
-    where their numbers of voxels differ. It is the most by which any voxel lies elsewhere."""
-    if a.GetSize() != b.GetSize():
-        return np.inf
-    corners = _corners(a)
-    return float(np.abs(_to_physical(a, corners) - _to_physical(b, corners)).max())
-
-
-def same_grid(a: sitk.Image, b: sitk.Image) -> bool:
-    """Whether two 3D images have the same size and their corners lie at the same places (within 0.05 mm)."""
-    return grid_distance(a, b) < GRID_TOLERANCE_MM
 
 
 def parse_grid(grid: str) -> str | tuple[float, float, float]:
@@ -101,11 +58,13 @@ def target_grid(ct: sitk.Image | None, pet: sitk.Image, grid: str = "pet") -> si
             would be a lie; or "x,y,z" in mm, which has the axes and the middle of the PET and all of it inside.
 
     Raises:
-        UserError: `grid` cannot be understood, or asks for the CT's where there is no CT or none inside the PET.
+        UserError: `grid` cannot be understood, or asks for the CT's where there is no CT or none inside the PET, or for
+            more than `LARGEST_GRID` voxels.
     """
     chosen = parse_grid(grid)
     if chosen == "pet":
-        return canonical(pet)
+        _check_number(pet.GetSize(), grid)
+        return _empty(canonical(pet))
     if chosen == "ct":
         if ct is None:
             raise UserError("--grid ct: there is no CT; say --grid pet or a spacing")
@@ -113,12 +72,13 @@ def target_grid(ct: sitk.Image | None, pet: sitk.Image, grid: str = "pet") -> si
     pet = canonical(pet)
     extent = np.array(pet.GetSize()) * pet.GetSpacing()
     size = np.ceil(extent / chosen - 1e-3).astype(int)
+    _check_number(size, grid)
     result = sitk.Image(size.tolist(), sitk.sitkUInt8)
     result.SetSpacing(chosen)
     result.SetDirection(pet.GetDirection())
     # Both grids have one middle
-    middle = _to_physical(pet, (np.array(pet.GetSize()) - 1) / 2)
-    result.SetOrigin((middle - _affine(result)[0] @ ((size - 1) / 2)).tolist())
+    middle = to_physical(pet, (np.array(pet.GetSize()) - 1) / 2)
+    result.SetOrigin((middle - affine_of(result)[0] @ ((size - 1) / 2)).tolist())
     return result
 
 
@@ -129,8 +89,8 @@ def overlap_fraction(a: sitk.Image, b: sitk.Image) -> float:
     """
     n = (np.arange(32) + 0.5) / 32
     points = np.stack(np.meshgrid(*[n * size - 0.5 for size in a.GetSize()], indexing="ij"), -1).reshape(-1, 3)
-    matrix, origin = _affine(b)
-    index = np.linalg.solve(matrix, (_to_physical(a, points) - origin).T).T
+    matrix, origin = affine_of(b)
+    index = np.linalg.solve(matrix, (to_physical(a, points) - origin).T).T
     return float(np.all((index >= -0.5) & (index <= np.array(b.GetSize()) - 0.5), axis=1).mean())
 
 
@@ -149,7 +109,32 @@ def resample_to(moving: sitk.Image, reference: sitk.Image, fill: float) -> sitk.
     spacing, target = np.array(moving.GetSpacing()), np.array(reference.GetSpacing())[nearest_axis]
     fwhm = np.sqrt(np.maximum(target**2 - spacing**2, 0)) / spacing  # voxels of `moving`
     sigma = fwhm / np.sqrt(8 * np.log(2))
-    smooth = sitk.Cast(moving, sitk.sitkFloat32)
+    if moving.GetNumberOfPixels() <= AT_ONCE:
+        return _resampled(moving, reference, sigma, fill)
+    # A whole CT would be there four times in float32, so its part for some planes of the result is taken at a time
+    columns, rows, planes = reference.GetSize()
+    step = max(1, AT_ONCE // 4 // (columns * rows))
+    result = sitk.Image(reference.GetSize(), sitk.sitkFloat32)
+    result.CopyInformation(reference)
+    for first in range(0, planes, step):
+        slab = sitk.Image([columns, rows, min(step, planes - first)], sitk.sitkUInt8)
+        slab.SetSpacing(reference.GetSpacing())
+        slab.SetDirection(reference.GetDirection())
+        slab.SetOrigin(reference.TransformIndexToPhysicalPoint([0, 0, first]))
+        part = _part_for(moving, slab, np.ceil(4 * sigma) + 2)  # the Gaussian ends at 4 sigma
+        values = _resampled(part, slab, sigma, fill) if part else sitk.Cast(slab, sitk.sitkFloat32) + fill
+        result[:, :, first : first + step] = values
+    return result
+
+
+def as_float(image: sitk.Image) -> sitk.Image:
+    """The image in float32, itself where it is so."""
+    return image if image.GetPixelID() == sitk.sitkFloat32 else sitk.Cast(image, sitk.sitkFloat32)
+
+
+def _resampled(moving: sitk.Image, reference: sitk.Image, sigma: np.ndarray, fill: float) -> sitk.Image:
+    """Smoothed by a Gaussian of `sigma` voxels (x, y, z), then linearly interpolated."""
+    smooth = as_float(moving)
     if sigma.any():
         array = ndimage.gaussian_filter(sitk.GetArrayViewFromImage(smooth), sigma[::-1], mode="nearest")
         smooth = sitk.GetImageFromArray(array)
@@ -157,39 +142,36 @@ def resample_to(moving: sitk.Image, reference: sitk.Image, fill: float) -> sitk.
     return sitk.Resample(smooth, reference, sitk.Transform(), sitk.sitkLinear, fill)
 
 
-def _check_nifti(path: Path, name: str) -> None:
-    """Look for two faults of NIfTI files that ITK (5.4) hides: it reads zeros where the file was cut off, and zeros
-    for NaN and infinity, so that a CT padded with NaN would have water around the patient."""
-    try:
-        voxels = np.asanyarray(nibabel.load(path).dataobj.get_unscaled())
-    except (nibabel.filebasedimages.ImageFileError, EOFError, OSError, ValueError, zlib.error):
-        raise UserError(f"{name}: ends too early; copy or download it again") from None
-    if voxels.dtype.kind == "f":
-        check_finite(voxels, name)
+def _empty(image: sitk.Image) -> sitk.Image:
+    """The grid of an image, with a quarter of its memory."""
+    grid = sitk.Image(image.GetSize(), sitk.sitkUInt8)
+    grid.CopyInformation(image)
+    return grid
+
+
+def _part_for(image: sitk.Image, box: sitk.Image, margin: np.ndarray) -> sitk.Image | None:
+    """The part of `image` that lies in `box` or within `margin` voxels (x, y, z) of it; None if there is none."""
+    matrix, origin = affine_of(image)
+    index = np.linalg.solve(matrix, (to_physical(box, corners(box.GetSize())) - origin).T).T
+    low = np.maximum(np.floor(index.min(0) - margin), 0).astype(int)
+    high = np.minimum(np.ceil(index.max(0) + margin) + 1, image.GetSize()).astype(int)
+    return None if np.any(high <= low) else sitk.RegionOfInterest(image, (high - low).tolist(), low.tolist())
 
 
 def _cut_to(image: sitk.Image, box: sitk.Image) -> sitk.Image:
     """The part of `image` whose voxels lie within the bounds of `box` along the axes of `image`."""
-    matrix, origin = _affine(image)
-    index = np.linalg.solve(matrix, (_to_physical(box, _corners(box)) - origin).T).T
+    matrix, origin = affine_of(image)
+    index = np.linalg.solve(matrix, (to_physical(box, corners(box.GetSize())) - origin).T).T
     low = np.maximum(np.ceil(index.min(0) - 1e-3), 0).astype(int)
     high = np.minimum(np.floor(index.max(0) + 1e-3) + 1, image.GetSize()).astype(int)
     if np.any(high <= low):
         raise UserError("CT and PET do not overlap: different subjects or wrong pairing; pair the files anew")
+    _check_number(high - low, "ct")
     return sitk.RegionOfInterest(image, (high - low).tolist(), low.tolist())
 
 
-def _corners(image: sitk.Image) -> np.ndarray:
-    """Continuous indices (8, 3), x, y, z, of the outer corners of the corner voxels."""
-    return np.stack(np.meshgrid(*[(-0.5, n - 0.5) for n in image.GetSize()], indexing="ij"), -1).reshape(-1, 3)
-
-
-def _affine(image: sitk.Image) -> tuple[np.ndarray, np.ndarray]:
-    """Matrix (3, 3) and origin (3,): position in mm = matrix @ index (x, y, z) + origin."""
-    return np.reshape(image.GetDirection(), (3, 3)) * image.GetSpacing(), np.array(image.GetOrigin())
-
-
-def _to_physical(image: sitk.Image, index: np.ndarray) -> np.ndarray:
-    """Positions in mm (N, 3) of continuous indices (N, 3), both in the order x, y, z."""
-    matrix, origin = _affine(image)
-    return index @ matrix.T + origin
+def _check_number(size: np.ndarray | tuple[int, ...], grid: str) -> None:
+    if np.prod(size, dtype=float) > LARGEST_GRID:
+        raise UserError(f"--grid {grid}: this case would have {'x'.join(map(str, size))} voxels, at most "
+                        f"{LARGEST_GRID / 1e6:g} million are written; say a coarser grid, as --grid 4,4,5",
+                        "GRID_TOO_LARGE")  # fmt: skip

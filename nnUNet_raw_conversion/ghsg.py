@@ -18,28 +18,36 @@ from pathlib import Path
 from nnunet_fratmae.base.command import UserError, run_command
 from nnUNet_raw_conversion.clinical import ClinicalRecord, name_patients
 from nnUNet_raw_conversion.conversion import Loaded, Study, convert_studies
-from nnUNet_raw_conversion.dicom.choose import choose_ct, choose_lesions, usable_cts
+from nnUNet_raw_conversion.dicom.believed import believed
+from nnUNet_raw_conversion.dicom.choose import choose_lesions, usable_cts, voxels_of
 from nnUNet_raw_conversion.dicom.index import Series, read_header
 from nnUNet_raw_conversion.dicom.lesions import read_lesions
 from nnUNet_raw_conversion.dicom.overrides import SuvOverride, read_overrides
-from nnUNet_raw_conversion.dicom.suv import read_suv
-from nnUNet_raw_conversion.dicom.volume import read_volume
+from nnUNet_raw_conversion.dicom.reading import read_ct, read_pet
 from nnUNet_raw_conversion.geometry import parse_grid, read_image, resample_to, target_grid
 from nnUNet_raw_conversion.linking import link_unchanged
 from nnUNet_raw_conversion.patients import (
     PATIENT_COLUMNS,
     Table,
+    diagnosis_of,
+    in_known_words,
     known_numbers,
+    left_out,
     other_sex,
     parse_columns,
     read_patients,
     read_test_list,
     record_of,
+    still_unknown,
 )
-from nnUNet_raw_conversion.pseudonyms import Key, assign, key_file, read_keys, scrubber, write_keys
+from nnUNet_raw_conversion.pseudonyms import Key, assign, key_file, read_keys, write_keys
 from nnUNet_raw_conversion.raw_dataset import RawDataset
+from nnUNet_raw_conversion.shown import secrets_of, without_secrets
 from nnUNet_raw_conversion.splits import SPLITS_FILE, make_splits, write_splits
-from nnUNet_raw_conversion.trial import ALL, Visit, find_visits, select
+from nnUNet_raw_conversion.trial import ALL, UNREADABLE, Visit, find_visits, select
+
+PROGRAM_BYTES = 500_000_000
+"""Of a process before it reads anything."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +61,7 @@ class Recipe:
     override: SuvOverride | None = None
     lesion_roi: str | None = None
     grid: str = "pet"
+    trust_study: bool = False
 
 
 def load_visit(recipe: Recipe) -> Loaded:
@@ -63,31 +72,27 @@ def load_visit(recipe: Recipe) -> Loaded:
     """
     visit = recipe.visit
     # Contours are found by what they refer to, so that they may be told under another number and name
-    headers = [one.header for one in visit.series] + [read_header(file) for _, file in recipe.contours]
-    hide = scrubber(headers, visit.folders)
+    secrets = secrets_of([one.header for one in visit.series] + [read_header(file) for _, file in recipe.contours])
     try:
         if visit.problem:
-            raise UserError(visit.problem)
+            raise UserError(visit.problem, visit.code)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # those of pydicom show what is in the headers
-            loaded = _load_dicom(recipe) if visit.pet else _load_nifti(visit)
+            loaded = _load_dicom(recipe, secrets) if visit.pet else _load_nifti(visit)
     except UserError as error:
-        raise UserError(hide(str(error)), error.code) from None
-    loaded.notes = [hide(note) for note in loaded.notes]
-    loaded.used = {what: hide(why) for what, why in loaded.used.items()}
-    loaded.rois = [{k: hide(v) if isinstance(v, str) else v for k, v in row.items()} for row in loaded.rois]
+        error.args = (without_secrets(str(error), secrets),)
+        raise
+    loaded.notes = [without_secrets(note, secrets) for note in loaded.notes]
+    loaded.used = {what: without_secrets(why, secrets) for what, why in loaded.used.items()}
     return loaded
 
 
-def _load_dicom(recipe: Recipe) -> Loaded:
+def _load_dicom(recipe: Recipe, secrets: frozenset[str]) -> Loaded:
     visit = recipe.visit
-    pet, notes = read_suv(visit.pet, recipe.override)
-    used = {"PET": visit.why}
-    ct_series, used["CT"] = choose_ct(visit.series, visit.pet)
-    ct, rois, lesions = None, [], None
-    if ct_series is not None:
-        ct, _, ct_notes = read_volume(ct_series)
-        notes += [note if note.startswith("CT") else f"CT: {note}" for note in ct_notes]
+    pet, notes = read_pet(visit.pet, recipe.override)
+    used, rois, lesions = {"PET": visit.why}, [], None
+    ct, ct_series, used["CT"], ct_notes = read_ct(visit.series, visit.pet, pet, recipe.trust_study)
+    notes += ct_notes
     if recipe.contours:
         used["lesions"] = recipe.contours_why
         if len(recipe.contours) > 1:
@@ -95,7 +100,13 @@ def _load_dicom(recipe: Recipe) -> Loaded:
         # Drawn on the grid that is written: contours resampled as masks would lose what is smaller than voxels
         target = target_grid(ct, pet, recipe.grid)
         image = pet if recipe.grid == "pet" else resample_to(pet, target, 0)
-        lesions, rows = read_lesions(recipe.contours, image, visit.pet.frame_uid, recipe.lesion_roi)
+        drawn_on = [(visit.pet, pet)] + ([(ct_series, ct)] if ct_series else [])
+        trusted = believed(recipe.contours, visit.pet.frame_uid, drawn_on)
+        if trusted:
+            notes.append("the contours name another frame of reference, but this very series, and lie on its slices")
+        lesions, rows = read_lesions(
+            recipe.contours, image, visit.pet.frame_uid, recipe.lesion_roi, trusted, secrets
+        )
         rois = [asdict(row) for row in rows]
     elif "lesions" in visit.files:
         used["lesions"] = "a NIfTI file in the study's folder"
@@ -107,9 +118,10 @@ def _load_dicom(recipe: Recipe) -> Loaded:
 
 
 def _load_nifti(visit: Visit) -> Loaded:
-    images = {what: read_image(file, f"the NIfTI file of the {what}") for what, file in visit.files.items()}
+    notes: list[str] = []
+    images = {what: read_image(file, f"the NIfTI file of the {what}", notes) for what, file in visit.files.items()}
     used = dict.fromkeys(images, "a NIfTI file")
-    return Loaded(images.get("CT"), images["PET"], images.get("lesions"), [], used)
+    return Loaded(images.get("CT"), images["PET"], images.get("lesions"), list(dict.fromkeys(notes)), used)
 
 
 def make_recipe(visit: Visit, contours: Sequence[Series], allow_missing_ct: bool, **settings) -> Recipe:
@@ -117,13 +129,16 @@ def make_recipe(visit: Visit, contours: Sequence[Series], allow_missing_ct: bool
     files, why = [], ""
     has_ct = "CT" in visit.files
     if visit.pet:
-        cts, left = usable_cts(visit.series, visit.pet)
+        cts, left = usable_cts(visit.series, visit.pet, settings.get("trust_study", False))
         has_ct = bool(cts)
         files, why = choose_lesions(contours, visit.pet, cts)
     if not (has_ct or allow_missing_ct or visit.problem):
         what = "no CT in the PET's frame of reference" if visit.pet else "no NIfTI file is the CT"
         unusable = f" ({'; '.join(left)})" if visit.pet and left else ""
-        visit = replace(visit, problem=f"{what}{unusable}; say --allow-missing-ct to fill its channel with air")
+        other = visit.pet and usable_cts(visit.series, visit.pet, trust_study=True)[0]
+        trust = "--trust-study to take that of this study if its body lies where the PET's does, or " if other else ""
+        visit = replace(visit, problem=f"{what}{unusable}; say {trust}--allow-missing-ct to fill its channel with air",
+                        code="CT_OTHER_FRAME" if other else "CT_MISSING")  # fmt: skip
     return Recipe(visit, tuple(files), why, **settings)
 
 
@@ -152,14 +167,20 @@ def convert_ghsg(args: argparse.Namespace) -> None:
     studies, without_row, unlabelled = [], 0, 0
     patients_of: dict[int, set[tuple[str, str]]] = {}  # by the row that was found for them
     doubtful: list[str] = []
+    shortened: dict[str, list[str]] = {}  # cases by the field of the table that has other than known words
     for case_id, visit in sorted(cases.items()):
-        settings = {"override": overrides.get(case_id), "lesion_roi": args.lesion_roi, "grid": args.grid}
+        settings = {"override": overrides.get(case_id), "lesion_roi": args.lesion_roi, "grid": args.grid,
+                    "trust_study": args.trust_study}  # fmt: skip
         recipe = make_recipe(visit, contours, args.allow_missing_ct, **settings)
         row = table.find(visit, case_id)
         if row:
             patients_of.setdefault(id(row), set()).add((visit.trial, visit.patient))
             doubtful += [case_id] if len(patients_of[id(row)]) > 1 or other_sex(visit, row) else []
-        studies.append(_study(case_id, recipe, record_of(case_id, visit, row, args.diagnosis), case_id in test))
+        record = record_of(case_id, visit, row, args.diagnosis, args.tracer)
+        record = replace(record, diagnosis=record.diagnosis or diagnosis_of(visit, record.tracer))
+        for name in in_known_words(row)[1] if row else ():
+            shortened.setdefault(name, []).append(case_id)
+        studies.append(_study(case_id, recipe, record, case_id in test))
         without_row += bool(args.clinical) and row is None
         unlabelled += studies[-1].part == "Pt" and not recipe.visit.problem
     who = {case_id: (visit.trial, visit.patient) for case_id, visit in cases.items()}
@@ -170,6 +191,7 @@ def convert_ghsg(args: argparse.Namespace) -> None:
         messages.append(f"{unlabelled} cases without lesion contours are for pretraining only (imagesPt)")
     if without_row:
         messages.append(f"{without_row} cases have no row in {args.clinical}; what the headers say is taken")
+    messages += left_out(shortened, args.clinical) + still_unknown([study.record for study in studies])
     if doubtful:
         shown = ", ".join(doubtful[:5]) + (", ..." if doubtful[5:] else "")
         messages.append(f"{args.clinical}: the rows of {shown} may be of others "
@@ -185,7 +207,8 @@ def convert_ghsg(args: argparse.Namespace) -> None:
             _link(folder, cases)
         _write_splits(folder, studies, cases)
 
-    if convert_studies(dataset, studies, options, args.np, complete=complete):
+    unread = any(UNREADABLE in message for message in messages)
+    if convert_studies(dataset, studies, options, args.np, complete=complete) or unread:
         sys.exit(1)  # which cases, and why, has been said
 
 
@@ -199,19 +222,24 @@ def main() -> None:
     add("--clinical", type=Path, metavar="FILE", help="table (csv or xlsx) of stage, age, sex, ... a patient")
     add("--columns", nargs="+", default=[], metavar="OURS=THEIRS", help="how the table calls columns, as case_id=PatNr "
         f"stage=AnnArbor; ours are {', '.join(PATIENT_COLUMNS)}")  # fmt: skip
-    add("--diagnosis", default="Hodgkin lymphoma", help="where the table has none [Hodgkin lymphoma]")
-    add("--lesion-roi", metavar="REGEX", help="ROIs that are lesions [all but organs, outlines, planning volumes]")
+    add("--diagnosis", metavar="TEXT", help="where the table has none [Hodgkin lymphoma in HD16, HD17 and HD18, else "
+        "unknown]")  # fmt: skip
+    add("--tracer", metavar="TEXT", help="where neither table nor header has one that we know, as 18F-FDG [unknown]")
+    add("--lesion-roi", metavar="REGEX", help="ROIs that are lesions [those that are called or coded so; a case with "
+        "others than lesions and organs waits]")  # fmt: skip
     add("--grid", default="pet", help="grid to write: pet, ct, or a spacing x,y,z in mm [pet]")
     add("--timepoint", type=_timepoint, default=1, metavar="N", help="N-th PET study of a patient by date, or all [1]")
     add("--patient-level", type=_number, metavar="N", help="depth of the folders that are patients, 1: those in DIR; "
         "matters for NIfTI and for DICOM without patient IDs [told by their names]")  # fmt: skip
     add("--test-list", type=Path, metavar="FILE", help="patients (number or pseudonym, one a line) for imagesTs")
     add("--allow-missing-ct", action="store_true", help="PET without CT is converted, with a CT of air")
+    add("--trust-study", action="store_true", help="a CT of the PET's study in another frame of reference is taken if "
+        "the bodies of both lie in the same place")  # fmt: skip
     add("--suv-override", type=Path, metavar="FILE", help="csv of what headers lack: case_id (the pseudonym), "
         "weight_kg, dose_bq or dose_mbq, injection_datetime, half_life_s")  # fmt: skip
     add("--key-file", type=Path, metavar="FILE", help="table of pseudonyms, read and written [key_DIR.csv beside -i]")
     add("--link", action="store_true", help="hard links to NIfTI files that are just as they would be written")
-    add("-np", type=int, default=4, metavar="N", help="number of processes, up to 4 GB each [4]")
+    add("-np", type=int, default=4, metavar="N", help="processes at most, fewer where the memory asks for it [4]")
     run_command(parser, convert_ghsg)
 
 
@@ -219,11 +247,23 @@ def _study(case_id: str, recipe: Recipe, record: ClinicalRecord, test: bool) -> 
     visit = recipe.visit
     has_lesions = bool(recipe.contours) or "lesions" in visit.files
     cts = [one for one in visit.series if one.modality == "CT"] if visit.pet else []
-    files = [file for one in ([visit.pet] if visit.pet else []) + cts for file in one.files]
+    files = [file for one in (visit.pet.parts if visit.pet else ()) + tuple(cts) for file in one.files]
     inputs = (*files, *visit.files.values(), *(file for _, file in recipe.contours))
     part = "Ts" if test else "Tr" if has_lesions else "Pt"
-    settings = (recipe.override, recipe.lesion_roi, visit.problem)
-    return Study(case_id, record, part, partial(load_visit, recipe), (*inputs, *settings))
+    settings = (recipe.override, recipe.lesion_roi, visit.problem, *([True] if recipe.trust_study else []))
+    return Study(case_id, record, part, partial(load_visit, recipe), (*inputs, *settings), _memory(recipe))
+
+
+def _memory(recipe: Recipe) -> int:
+    """Bytes that converting a visit takes at most, by its headers; measured: 3.4 GB for a PET of 400 x 400 x 1000 with
+    a CT of 512 x 512 x 1300, of which there is one copy in float32, and on the grid that is written three."""
+    visit = recipe.visit
+    if visit.pet is None:
+        return 0
+    pet = sum(voxels_of(part) for part in visit.pet.parts)
+    ct = max((voxels_of(one) for one in visit.series if one.modality == "CT"), default=0)
+    written = ct if recipe.grid == "ct" else pet
+    return PROGRAM_BYTES + 4 * (ct + 3 * max(pet, written))
 
 
 def _link(folder: Path, cases: Mapping[str, Visit]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
@@ -11,13 +11,15 @@ from pathlib import Path
 import pydicom
 
 from nnunet_fratmae.base.command import UserError
-from nnUNet_raw_conversion.clinical import COLUMNS, OPTIONAL, TRACERS, ClinicalRecord, clinical_record, read_table
-from nnUNet_raw_conversion.pseudonyms import Key, same_number, scrubber
+from nnUNet_raw_conversion.clinical import COLUMNS, OPTIONAL, ClinicalRecord, clinical_record, read_table
+from nnUNet_raw_conversion.diagnoses import known_diagnosis
+from nnUNet_raw_conversion.pseudonyms import Key, same_number
+from nnUNet_raw_conversion.shown import secrets_of
+from nnUNet_raw_conversion.tracers import tracer_name, tracer_of
 from nnUNet_raw_conversion.trial import Visit, trial_in
 
 PATIENT_COLUMNS = (*(name for name in COLUMNS if name not in OPTIONAL), "trial")
-# Fluorodeoxyglucose F^18^ in SRT and SNOMED CT (PS3.16 CID 4021); other agents are known by the meaning of their code
-FDG_CODES = {"C-B1031", "35321007"}
+GHSG_TRIALS = ("HD16", "HD17", "HD18")
 
 _WITH_TRIAL = re.compile(r"HD[ _-]?(\d\d)[\s,;/_-]+(\S.*)", re.I)
 
@@ -120,16 +122,58 @@ def _odd_cells(cells: list[tuple[int, object]], name: str, path: Path) -> dict[i
     return odd
 
 
-def record_of(case_id: str, visit: Visit, row: ClinicalRecord | None, diagnosis: str) -> ClinicalRecord:
-    """What is known of a case: its row, without what names the patient, and what that leaves open from the headers."""
-    hide = scrubber([one.header for one in visit.series], visit.folders)
-    row = row or ClinicalRecord(case_id)
-    row = replace(
-        row, **{name: text and hide(text) for name in ("tracer", "diagnosis") if (text := getattr(row, name))}
-    )
+def record_of(
+    case_id: str, visit: Visit, row: ClinicalRecord | None, diagnosis: str | None = None, tracer: str | None = None
+) -> ClinicalRecord:
+    """What is known of a case: its row, and what that leaves open from the headers.
+
+    Args:
+        row: of the user's table; what of it is no known word is left out.
+        diagnosis, tracer: the user's word where neither has one.
+    """
+    row = in_known_words(row or ClinicalRecord(case_id), secrets_of(one.header for one in visit.series))[0]
     said = _from_header(visit.pet.header) if visit.pet else {}
     filled = {name: getattr(row, name) or said.get(name) for name in ("tracer", "age", "sex")}
-    return replace(row, case_id=case_id, diagnosis=row.diagnosis or diagnosis or None, **filled)
+    filled["tracer"] = filled["tracer"] or tracer
+    return replace(row, case_id=case_id, diagnosis=row.diagnosis or diagnosis, **filled)
+
+
+def in_known_words(
+    row: ClinicalRecord, secrets: frozenset[str] = frozenset()
+) -> tuple[ClinicalRecord, tuple[str, ...]]:
+    """A row of a user's table as it may be written, and the names of the fields of which something was left out."""
+    diagnosis, shortened = known_diagnosis(row.diagnosis, secrets)
+    tracer = tracer_name(row.tracer)
+    left = ("diagnosis",) * shortened + ("tracer",) * (tracer is None and row.tracer is not None)
+    return replace(row, diagnosis=diagnosis, tracer=tracer), left
+
+
+def diagnosis_of(visit: Visit, tracer: str | None) -> str | None:
+    """The diagnosis that a trial is about: of those of the German Hodgkin Study Group, where the PET is one of FDG."""
+    return "Hodgkin lymphoma" if visit.trial in GHSG_TRIALS and tracer in (None, "18F-FDG") else None
+
+
+def left_out(shortened: Mapping[str, Sequence[str]], path: Path | None) -> list[str]:
+    """What to say of fields that had other than known words: `shortened` has the cases by field."""
+    return [
+        f"{path}: {name} of {_few(cases)} has words that are none that we know, they are left out, for they could be "
+        f"names; say --{name} for what all cases have, or write it in other words"
+        for name, cases in shortened.items()
+    ]
+
+
+def still_unknown(records: Sequence[ClinicalRecord]) -> list[str]:
+    """What to say of cases without tracer or diagnosis."""
+    lacking = {name: [r.case_id for r in records if getattr(r, name) is None] for name in ("tracer", "diagnosis")}
+    return [
+        f"{name} of {_few(cases)} is unknown and stays empty; give it by --clinical, or --{name} for all that have none"
+        for name, cases in lacking.items()
+        if cases
+    ]
+
+
+def _few(cases: Sequence[str]) -> str:
+    return f"{len(cases)} case{'s' * (len(cases) > 1)} ({', '.join(cases[:3])}{', ...' if len(cases) > 3 else ''})"
 
 
 def other_sex(visit: Visit, row: ClinicalRecord | None) -> bool:
@@ -194,7 +238,7 @@ def _test_lines(path: Path) -> list[tuple[int, str]]:
 
 def _from_header(header: pydicom.Dataset) -> dict[str, object]:
     """Tracer, age in years and sex of a PET's header, as far as it says them."""
-    said: dict[str, object] = {"tracer": _tracer(header)}
+    said: dict[str, object] = {"tracer": tracer_of(header)}
     for name, keyword in (("age", "PatientAge"), ("sex", "PatientSex")):
         try:
             said[name] = getattr(clinical_record("-", **{name: str(header.get(keyword) or "")}), name)
@@ -213,21 +257,3 @@ def _age(birth: str, study: str) -> float | None:
         return None
     years = day.year - born.year - ((day.month, day.day) < (born.month, born.day))
     return float(years) if 0 <= years <= 120 else None
-
-
-def _tracer(header: pydicom.Dataset) -> str | None:
-    """By RadiopharmaceuticalInformationSequence (0054,0016): its code, or its text where that is one we know."""
-    for item in header.get("RadiopharmaceuticalInformationSequence") or ():
-        codes = item.get("RadiopharmaceuticalCodeSequence") or ()
-        if any(code.get("CodeValue") in FDG_CODES for code in codes):
-            return "18F-FDG"
-        for text in (*(code.get("CodeMeaning") for code in codes), item.get("Radiopharmaceutical")):
-            tracer = clinical_record("-", tracer=text).tracer
-            if tracer in TRACERS:
-                return tracer
-        for code in codes:  # a word of a coding scheme, which cannot hold anything of the patient
-            if code.get("CodingSchemeDesignator") in ("SRT", "SCT", "DCM", "NCIt", "UMLS", "FDASRS") and code.get(
-                "CodeMeaning"
-            ):
-                return clinical_record("-", tracer=re.sub(r"\^", "", code.CodeMeaning)).tracer
-    return None

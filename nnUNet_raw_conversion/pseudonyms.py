@@ -1,4 +1,4 @@
-"""Who a case is stays in one file: the key table of pseudonyms; and nothing that identifies a patient is shown.
+"""Who a case is stays in one file: the key table of pseudonyms.
 
 The key table is a csv file `case_id,trial,patient,timepoint,source`, readable by its owner only. It lies beside the
 originals (who may read these may know the patients) and never in a folder of nnU-Net, which is copied and shared.
@@ -10,35 +10,12 @@ import csv
 import os
 import random
 import re
-import unicodedata
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import astuple, dataclass, fields, replace
 from pathlib import Path
 
-from pydicom import Dataset
-
 from nnunet_fratmae.base.command import UserError
 from nnUNet_raw_conversion.clinical import read_table
-
-HIDDEN = "…"
-# Words that folders, and now and then a patient's name, are made of, and that tell nobody who a patient is.
-IMAGING_WORDS = frozenset(
-    """
-    ac annotation anonymized axial baseline body bl case cases cor ct ctac ctres data dcm diagnostic dicom dose export
-    fdg followup folder fu ghsg gtv hd hd16 hd17 hd18 image images label labels ldct lesion lesions low mask masks mip
-    nac nifti nii part patient patients pet petct pt recon res roi rtss rtstruct scan scans seg segmentation series
-    slices study studies struct suv thorax timepoint trial tumor tumour visit volume wb whole wholebody
-    """.split()  # noqa: SIM905
-)
-_IDENTIFIERS = (
-    "PatientID", "OtherPatientIDs", "PatientBirthDate", "AccessionNumber", "StudyID", "ClinicalTrialSubjectID",
-    "ClinicalTrialSubjectReadingID", "PatientTelephoneNumbers", "PatientAddress", "MedicalRecordLocator",
-)  # fmt: skip
-_WORD = re.compile(r"(?:[^\W_]|[\u0300-\u036f])+")  # with accents as characters of their own, as macOS writes them
-_UID_OR_DATE = re.compile(
-    r"\d+(?:\.\d+){4,}|(?<!\d)(?:19|20)\d{2}(?:[-./]\d{1,2}[-./]\d{1,2}|[01]\d[0-3]\d)(?!\d)"
-    r"|(?<![\d.])\d{1,2}[-./]\d{1,2}[-./](?:19|20)\d{2}(?!\d)"
-)
 
 
 @dataclass(frozen=True)
@@ -66,7 +43,8 @@ def key_file(chosen: Path | None, source: Path) -> Path:
     """
     source = source.resolve()
     path = chosen.resolve() if chosen else source.parent / f"key_{source.name}.csv"
-    shared = [Path(os.environ[v]).resolve() for v in ("nnUNet_preprocessed", "nnUNet_results") if os.environ.get(v)]
+    folders = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
+    shared = [Path(os.environ[v]).resolve() for v in folders if os.environ.get(v)]
     in_dataset = any(re.match(r"(\.partial_)?Dataset.*_", part) for part in path.parts)
     if in_dataset or any(folder in path.parents for folder in shared):
         what = f"--key-file {chosen}" if chosen else "the key file beside the input"
@@ -162,29 +140,6 @@ def same_number(text: str) -> str:
     return text.lstrip("0") or text if text.isdigit() else text
 
 
-def scrubber(headers: Iterable[Dataset], folders: Iterable[str]) -> Callable[[str], str]:
-    """A function that puts "…" for every word of a text that could tell who the patient of `headers` is.
-
-    That are UIDs, dates, and words of names (all elements of VR PN), of IDs and of the folder names in `folders`,
-    which are patients' names in hospitals. Umlauts, case and words run together ("GTVMueller") do not hide them.
-    """
-    secrets: set[str] = set()
-    for header in headers:
-        for element in header:
-            if element.VR in ("PN", "DA") or element.keyword in _IDENTIFIERS:
-                secrets |= _words(str(element.value))
-    secrets |= {word for folder in folders for word in _words(folder) if len(word) > 2}
-    secrets = {word for word in secrets - IMAGING_WORDS if len(word) > 1 and not (word.isdigit() and len(word) < 3)}
-    long = [word for word in secrets if len(word) > 3]
-
-    def hide(match: re.Match) -> str:
-        forms = _forms(match[0])
-        found = forms & secrets or any(word in form for word in long for form in forms)
-        return HIDDEN if found else match[0]
-
-    return lambda text: _WORD.sub(hide, _UID_OR_DATE.sub(HIDDEN, text))
-
-
 def _who(key: Key) -> tuple[str, str, str]:
     return key.trial.casefold(), key.patient.casefold(), key.timepoint.casefold()
 
@@ -196,15 +151,3 @@ def _matches(old: Key, key: Key, exact: bool) -> bool:
     (trial, patient, timepoint), (new_trial, new_patient, new_timepoint) = _who(old), _who(key)
     same_trial = "" in (trial, new_trial) or trial == new_trial
     return patient == new_patient and same_trial and timepoint in ("", new_timepoint)
-
-
-def _words(text: str) -> set[str]:
-    return {form for word in _WORD.findall(text) for form in _forms(word)}
-
-
-def _forms(word: str) -> set[str]:
-    """How a word may be spelled without accents: Müller is mueller and muller, Yıldız is yildiz."""
-    word = unicodedata.normalize("NFC", word).upper().casefold()
-    german = word.translate(str.maketrans({"ä": "ae", "ö": "oe", "ü": "ue", "ø": "oe", "å": "aa"}))
-    plain = word.translate(str.maketrans({"ø": "o", "ł": "l", "đ": "d"}))
-    return {"".join(filter(str.isalnum, unicodedata.normalize("NFKD", form))) for form in (german, plain)}

@@ -22,6 +22,7 @@ from nnUNet_raw_conversion.folders import PatientFolders, nifti_cases, without_t
 
 ALL = 0
 IMAGES = ("PT", "CT")
+UNREADABLE = "could not be read and are left out"
 AGE_TOLERANCE = 2  # years by which StudyDate minus PatientAge may differ in one patient
 # HD16, HD-17, "GHSG HD 18"; but not the "HD" of a reconstruction in front of "18F"
 _TRIAL = re.compile(r"(?<![A-Za-z0-9])HD[ _-]?([12]\d)(?![A-Za-z0-9])", re.I)
@@ -51,6 +52,8 @@ class Visit:
     files: dict[str, Path] = field(default_factory=dict)
     problem: str = ""
     """Why it cannot be converted."""
+    code: str = ""
+    """Of the problem, for `UserError`."""
     order: tuple = ()
     """Puts the visits of a patient in order; () if the study has no date."""
     folders: tuple[str, ...] = ()
@@ -88,7 +91,7 @@ def find_visits(
             messages.append(f"-i {folders.root}: the folders {folders.level + 1} levels below it are taken for "
                             "patients; if they are not, say --patient-level N")  # fmt: skip
     if unreadable:
-        messages.append(f"{unreadable} DICOM files or folders could not be read and are left out")
+        messages.append(f"{unreadable} DICOM files or folders {UNREADABLE}")
     return _without_doubles(visits), [one for one in series.values() if one.modality in ("RTSTRUCT", "SEG")], messages
 
 
@@ -144,13 +147,14 @@ class _People:
     ) -> None:  # fmt: skip
         self.series, self.roots = series, roots
         images = _images(series)
+        self.number = _numbers_of_people(series)
         # One ID for all, but of different people in one trial, is a dummy, however it is spelled.
-        all_one = len({one.patient for one in images}) == 1
+        all_one = len({n for n, one in zip(self.number, series, strict=True) if one.modality in IMAGES}) == 1
         all_one = all_one and any(_different_people(theirs) for theirs in _by_trial(series, roots).values())
-        self.has_id = [not all_one and not _DUMMY.fullmatch(one.patient) for one in series]
+        self.has_id = [not all_one and not _DUMMY.fullmatch(number) for number in self.number]
         self.person = [
-            one.patient if has_id else f"study {one.study_uid}"
-            for one, has_id in zip(series, self.has_id, strict=True)
+            number if has_id else f"study {one.study_uid}"
+            for one, number, has_id in zip(series, self.number, self.has_id, strict=True)
         ]
         self.subjects: dict[str, set[str]] = defaultdict(set)
         """By person; the number in the trial counts for all series, since not every scanner or program writes it."""
@@ -184,6 +188,39 @@ class _People:
         return self.folders[self.roots[one.files[0]]].split(self.folder_of(one))[:2]
 
 
+def _numbers_of_people(series: Sequence[Series]) -> list[str]:
+    """PatientID of each series, in one spelling for one patient: as the PET has it.
+
+    A study is of one patient. Its IDs are taken for one if nothing else says that they are of different people and if
+    they differ only in zeros, blanks, case or punctuation, or one is missing, or if the CT alone has the one and the
+    PET, in the same frame of reference, the other. (A StudyInstanceUID that more have in common comes from
+    de-identification by hand, and they stay apart.)
+    """
+    studies: dict[str, list[Series]] = defaultdict(list)
+    for one in _images(series):
+        studies[one.study_uid].append(one)
+    missing: dict[str, str] = {}  # by study: the ID of the others
+    groups: list[set[str]] = []
+    for study, mine in studies.items():
+        kinds: dict[str, set[str]] = defaultdict(set)
+        for one in mine:
+            kinds[one.patient].add(one.modality)
+        ids = {number for number in kinds if not _DUMMY.fullmatch(number)}
+        alike = len({re.sub(r"\W|_", "", number).lstrip("0").casefold() for number in ids}) == 1
+        frames = {one.frame_uid for one in mine}
+        halves = len(ids) == 2 and len(frames) == 1 and all(frames) and not set.intersection(*(kinds[i] for i in ids))
+        if len(kinds) > 1 and (alike or halves) and not _different_people(mine):
+            near = [group for group in groups if group & ids]
+            groups = [group for group in groups if not group & ids] + [ids.union(*near)]
+            missing[study] = min(ids)
+    of_pet = {one.patient for one in series if one.modality == "PT"}
+    best = [min(group & of_pet or group, key=lambda number: (len(number), number)) for group in groups]
+    spelled = {number: spelling for group, spelling in zip(groups, best, strict=True) for number in group}
+    given = [missing.get(one.study_uid, one.patient) if _DUMMY.fullmatch(one.patient) else one.patient
+             for one in series]  # fmt: skip
+    return [spelled.get(number, number) for number in given]
+
+
 def _common_folder(files: Sequence[Path], roots: Mapping[Path, Path]) -> Path:
     """The deepest folder that holds all files that are below the root of the first."""
     root = roots[files[0]]
@@ -192,8 +229,9 @@ def _common_folder(files: Sequence[Path], roots: Mapping[Path, Path]) -> Path:
 
 def _dicom_visits(people: _People, messages: list[str]) -> list[Visit]:
     owners: dict[str, set] = defaultdict(set)
-    for one in _images(people.series):
-        owners[one.series_uid].add(one.patient)
+    for one, number in zip(people.series, people.number, strict=True):
+        if one.modality in IMAGES:
+            owners[one.series_uid].add(number)
     patients: dict[str, list[Series]] = defaultdict(list)
     for one, patient in zip(people.series, _identities(people, messages), strict=True):
         patients[patient].append(one)
@@ -229,7 +267,7 @@ def _identities(people: _People, messages: list[str]) -> list[str]:
         if len(people.subjects[who]) == 1:
             names.append(next(iter(people.subjects[who])))
         elif people.has_id[i]:
-            names.append(series[i].patient)
+            names.append(people.number[i])
         else:
             names.append((several and folders[i]) or series[i].study_uid)
     return names
@@ -243,7 +281,8 @@ def _visits_of(trial: str, patient: str, series: list[Series], people: _People, 
             studies[one.study_uid].append(one)
     first = series[0]
     folder = people.patient_folder(_images(series)[0])[1]
-    numbers = (_tag(first, "ClinicalTrialSubjectID"), first.patient, patient, folder, without_trial(folder))
+    spellings = sorted({one.patient for one in series if not _DUMMY.fullmatch(one.patient)} - {first.patient})
+    numbers = (_tag(first, "ClinicalTrialSubjectID"), first.patient, *spellings, patient, folder, without_trial(folder))
     names = {name for one in series for name in _names(one.files[:1], people.roots[one.files[0]])}
     visit = Visit(trial, patient, "", str(first.files[0].parent), tuple(dict.fromkeys(filter(None, numbers))),
                   tuple(series), problem=problem, folders=tuple(names))  # fmt: skip
@@ -261,7 +300,7 @@ def _visits_of(trial: str, patient: str, series: list[Series], people: _People, 
             pet, why = choose_pet(pets)
             visits.append(replace(one, pet=pet, why=why))
         except UserError as error:
-            visits.append(replace(one, problem=problem or str(error)))
+            visits.append(replace(one, problem=problem or str(error), code="" if problem else "PET_UNUSABLE"))
     return visits
 
 
@@ -297,8 +336,19 @@ def _different_people(series: Iterable[Series]) -> bool:
     if known and max(known) - min(known) > AGE_TOLERANCE:
         return True
     images = [one for one in images if not _tag(one, "ClinicalTrialSubjectID")]  # which the trial gave to one person
-    sites = {re.sub(r"[\W_]", "", _tag(one, "InstitutionName").casefold()) for one in images} - {""}
-    return len(sites) > 1 and len(known) < len(born)
+    return _separate_sites(images) and len(known) < len(born)
+
+
+def _separate_sites(images: Iterable[Series]) -> bool:
+    """Whether there are institutions that no study has in common: departments of one have names of their own."""
+    sites: dict[str, set[str]] = defaultdict(set)
+    for one in images:
+        sites[one.study_uid] |= {re.sub(r"[\W_]", "", _tag(one, "InstitutionName").casefold())} - {""}
+    together: list[set[str]] = []
+    for names in filter(None, sites.values()):
+        near = [group for group in together if group & names]
+        together = [group for group in together if not group & names] + [names.union(*near)]
+    return len(together) > 1
 
 
 def _born(series: Series) -> float | None:

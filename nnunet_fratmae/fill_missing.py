@@ -16,9 +16,13 @@ from typing import Any
 import SimpleITK as sitk
 
 from nnunet_fratmae.base.command import UserError, run_command
-from nnunet_fratmae.base.files import renamed
+from nnunet_fratmae.base.files import renamed, writing_to
+from nnunet_fratmae.base.volumes import read_image
+from plans.dataset_json import check_dataset_json
 from plans.extension import channel_modalities, find_channels
+from plans.inputs import on_one_grid
 from plans.models import read_model_files
+from plans.reader import check_plans
 from plans.settings import Settings
 from plans.staging import NETWORK as STAGING_NETWORK
 from plans.staging import STAGING_CONFIGURATION
@@ -50,17 +54,25 @@ def _run(args: argparse.Namespace) -> None:
                             "that; train with fratmae.finetune.modality_dropout above 0, 0.3 for example")  # fmt: skip
     if args.o.is_dir() and any(args.o.iterdir()):
         raise UserError(f"-o {args.o}: is not empty; name a new folder, so that nothing else is predicted")
-    headers = {case: read_geometry(next(iter(cases[case].values()))) for case, lacking in missing.items() if lacking}
-    args.o.mkdir(parents=True, exist_ok=True)
-    for case, images in cases.items():
-        for image in images.values():
-            link_or_copy(image, args.o / image.name)
-        for modality in missing[case]:
-            name = f"{case}_{modalities.index(modality):04d}{dataset_json['file_ending']}"
-            write_absent(args.o / name, modality, headers[case])
-            units = PRETRAINING_UNITS[modality]
-            print(f"{name}: no {modality}, {units.lower:g} {units.unit} everywhere")
-    print(f"{len(cases)} cases, {len(headers)} of them filled; next: nnUNetv2_predict -i {args.o} ...")
+    reader, out = plans.get("image_reader_writer", ""), args.o.absolute()
+    headers = {case: check_images(case, images, reader) for case, images in cases.items()}  # before anything is written
+    partial = out.with_name(f".partial_{out.name}_{os.getpid()}")
+    try:
+        with writing_to(args.o):
+            partial.mkdir(parents=True)
+            for case, images in cases.items():
+                for image in images.values():
+                    link_or_copy(image, partial / image.name)
+                for modality in missing[case]:
+                    name = f"{case}_{modalities.index(modality):04d}{dataset_json['file_ending']}"
+                    write_absent(partial / name, modality, headers[case])
+                    units = PRETRAINING_UNITS[modality]
+                    print(f"{name}: no {modality}, {units.lower:g} {units.unit} everywhere")
+            partial.replace(out)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    filled = sum(map(bool, missing.values()))
+    print(f"{len(cases)} cases, {filled} of them filled; next: nnUNetv2_predict -i {args.o} ...")
 
 
 def read_model(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -70,6 +82,8 @@ def read_model(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         UserError: they are not there, or the model is not FratMAE's, or takes one image a case.
     """
     plans, dataset_json = read_model_files(folder, "FratMAETrainer__...")
+    check_dataset_json(dataset_json, str(folder / "dataset.json"))
+    check_plans(plans, str(folder / "plans.json"), dataset_json)
     if "fratmae" not in plans:
         raise UserError(f"-m {folder}: is no model of FratMAETrainer, so it needs CT and PET of every case")
     if len(find_channels(dataset_json)) < len(MODALITIES):
@@ -106,21 +120,25 @@ def find_cases(folder: Path, dataset_json: dict[str, Any]) -> dict[str, Case]:
     return cases
 
 
-def read_geometry(path: Path) -> sitk.ImageFileReader:
-    """The header of an image: size, spacing, origin and directions.
+def check_images(case: str, images: Case, reader: str) -> sitk.ImageFileReader:
+    """Read the images of a study to their end; the header of the first: size, spacing, origin and directions.
+
+    Args:
+        reader: nnU-Net's, as plans name it.
 
     Raises:
-        UserError: it cannot be read, or is not 3D.
+        UserError: one is not whole, is no scalar volume or has NaN, or they are not on one grid.
     """
-    reader = sitk.ImageFileReader()
-    reader.SetFileName(str(path))
-    try:
-        reader.ReadImageInformation()
-    except RuntimeError:
-        raise UserError(f"{path}: cannot be read as an image; copy it again") from None
-    if reader.GetDimension() != 3:
-        raise UserError(f"{path}: has {reader.GetDimension()} dimensions; FratMAE takes volumes")
-    return reader
+    read = [read_image(path) for path in images.values()]
+    if len(read) > 1:
+        try:
+            on_one_grid(*read, reader)
+        except UserError as error:
+            raise UserError(f"case {case}: {error}", error.code) from None
+    header = sitk.ImageFileReader()
+    header.SetFileName(str(next(iter(images.values()))))
+    header.ReadImageInformation()
+    return header
 
 
 def write_absent(path: Path, modality: str, header: sitk.ImageFileReader) -> None:

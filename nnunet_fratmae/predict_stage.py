@@ -8,6 +8,7 @@ import csv
 import itertools
 import os
 import re
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,8 +17,10 @@ import numpy as np
 
 from nnunet_fratmae.base.command import UserError, check_device, run_command
 from nnunet_fratmae.base.files import renamed
-from plans.extension import JOINT_NETWORK, channel_modalities, find_modalities
+from plans.dataset_json import check_dataset_json
+from plans.extension import JOINT_NETWORK, channel_modalities, find_channels, find_modalities
 from plans.models import check_architecture, read_model_files
+from plans.reader import check_plans, check_whole_body
 from plans.settings import STACKS, Settings
 from plans.staging import NETWORK, STAGING_CONFIGURATION, staging_plans
 from plans.units import PRETRAINING_UNITS
@@ -54,7 +57,8 @@ def _run(args: argparse.Namespace) -> None:
 
     from tqdm import tqdm
 
-    # Here and not above: it imports torch, which takes seconds, and an error above should not
+    # Here and not above: they import torch and ITK, which takes seconds, and an error above should not
+    from plans.inputs import check_study
     from plans.wholebody import read_study
 
     check_device(args.device)
@@ -62,12 +66,17 @@ def _run(args: argparse.Namespace) -> None:
     print(f"{len(studies)} studies, folds {', '.join(path.parent.name[5:] for path in checkpoints)}")
     args.o.mkdir(parents=True, exist_ok=True)
     rows, refused = [], []
+    channels, reader = find_channels(dataset_json, "both"), plans.get("image_reader_writer", "")
     for case, images in tqdm(studies.items(), "Studies"):
         try:
+            notes = check_study(case, {modality: images[channel] for modality, channel in channels.items()}, reader)
             volume, _, properties = read_study(case, images, None, plans, dataset_json)
         except UserError as error:  # the others are not to wait for it
             refused.append(str(error))
+            tqdm.write(f"refused: {error}", sys.stderr)
             continue
+        for note in notes:
+            tqdm.write(f"case {case}: {note}")
         patch = central_patch(volume, plans, dataset_json)
         probabilities = ensemble(networks, patch)
         rows.append((case, probabilities))
@@ -92,14 +101,18 @@ def read_model(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         UserError: they are not there, or are no model with a classifier.
     """
     plans, dataset_json = read_model_files(folder, "...__FratMAEPlans__wholebody")
-    architectures = [config.get("architecture") or {} for config in plans["configurations"].values()]
-    for architecture in architectures:
-        if architecture.get("network_class_name") == JOINT_NETWORK:
-            return staging_plans(plans, architecture["arch_kwargs"]["stages"]["classes"]), dataset_json
-    if NETWORK not in [architecture.get("network_class_name") for architecture in architectures]:
+    architectures = [config.get("architecture") for config in plans["configurations"].values()]
+    networks = [a.get("network_class_name") for a in architectures if isinstance(a, dict)]
+    if NETWORK not in networks and JOINT_NETWORK not in networks:
         raise UserError(f"-m {folder}: has no classifier; give a model of FratMAEStagingTrainer, or of FratMAETrainer "
                         "with finetune.stage_weight above 0 (nnUNetv2_predict segments)")
-    return plans, dataset_json
+    check_dataset_json(dataset_json, str(folder / "dataset.json"))
+    check_plans(plans, str(folder / "plans.json"), dataset_json)
+    check_whole_body(plans, str(folder / "plans.json"))
+    if JOINT_NETWORK not in networks:
+        return plans, dataset_json
+    joint = architectures[networks.index(JOINT_NETWORK)]["arch_kwargs"]
+    return staging_plans(plans, joint["stages"]["classes"]), dataset_json
 
 
 def find_checkpoints(folder: Path, folds: Sequence[str] | None, name: str) -> list[Path]:

@@ -38,8 +38,11 @@ from nnunet_fratmae.joint import TRAIN_CURVE, VALIDATION_CURVES, StageBranch, ad
 from nnunet_fratmae.networks.unetr import FratMAEUNETR
 from nnunet_fratmae.nnunet_api import check_overrides, curves, take_resume
 from nnunet_fratmae.optimization import CosineSchedule, parameter_groups
+from plans.dataset_json import check_dataset_json
 from plans.extension import extend_plans, follow_artefact
 from plans.models import check_configuration
+from plans.preprocessed import check_fold
+from plans.reader import check_names, check_nnunet, check_settings
 from plans.settings import Settings
 from plans.staging import STAGING_CONFIGURATION
 from plans.units import MODALITIES
@@ -80,9 +83,16 @@ class FratMAETrainer(nnUNetTrainer):
         with one_line(type(self).__name__):
             check_device(device.type)
         resume = take_resume(plans)
+        where = f"{plans.get('plans_name', 'plans')}.json"
         self.notes, self.preparation_error, self.today = [], None, None
         try:
-            self.today = Settings.from_json(plans.get("fratmae", {}))
+            check_dataset_json(dataset_json, "dataset.json", labelled=True)
+            check_nnunet(plans, where, dataset_json, used=[configuration])
+            check_names(plans, where)
+        except UserError as error:
+            raise SystemExit(f"{type(self).__name__}: error: {error}") from None
+        try:
+            self.today = check_settings(plans, where)
             prepared, self.notes = self.prepare(plans, configuration, fold, dataset_json)
             check_other_folds(self._model_folder(plans, configuration), prepared, configuration, fold)
             plans = prepared
@@ -255,6 +265,15 @@ class FratMAETrainer(nnUNetTrainer):
     def _stage_branch(self) -> StageBranch:
         folder, network = Path(self.preprocessed_dataset_folder_base), self.bare_network()
         return StageBranch(folder, self.plans_manager.plans, self.dataset_json, self.fold, network)
+
+    def do_split(self) -> tuple[list[str], list[str]]:
+        """nnU-Net's, of cases that are there and whole."""
+        try:
+            folder = Path(self.preprocessed_dataset_folder)
+            check_fold(Path(self.preprocessed_dataset_folder_base), folder, self.fold)
+        except UserError as error:
+            raise SystemExit(f"{type(self).__name__}: error: {error}") from None
+        return super().do_split()
 
     def on_train_start(self) -> None:
         if not self.was_initialized:

@@ -19,6 +19,7 @@ from nnunetv2.configuration import ANISO_THRESHOLD
 from nnunet_fratmae.base.command import UserError
 from plans.contract import Contract
 from plans.memory import step_memory
+from plans.reader import resolve
 from plans.settings import STACKS, TOKEN_SIDES, Settings
 from plans.strides import decoder_strides
 from plans.units import MODALITIES, PRETRAINING_UNITS, absent_value, affine_to_units, intensity_properties
@@ -56,7 +57,7 @@ def extend_plans(
             which it would not be the same function as in pretraining.
     """
     plans = deepcopy(plans)
-    config = _resolve(plans["configurations"], configuration)
+    config = resolve(plans["configurations"], configuration)
     of_cascade = config.get("previous_stage") or config.get("next_stage")
     if len(config["patch_size"]) != 3 or of_cascade or configuration == "wholebody":
         raise UserError(f"configuration {configuration}: FratMAE trains 3D configurations at native spacing without a "
@@ -255,15 +256,6 @@ def _choose_token(median: Sequence[int], stack: str, spacing: Sequence[float]) -
             break
         token = tuple(t // 2 for t in token)
     return token
-
-
-def _resolve(configurations: dict[str, Any], name: str) -> dict[str, Any]:
-    """A configuration with nnU-Net's inheritance resolved."""
-    if name not in configurations:
-        raise UserError(f"configuration {name} is not in the plans; there are {', '.join(configurations)}")
-    config = deepcopy(configurations[name])
-    parent = config.pop("inherits_from", None)
-    return {**_resolve(configurations, parent), **config} if parent else config
 
 
 def channel_modalities(dataset_json: dict[str, Any]) -> list[str]:

@@ -5,14 +5,20 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
+import json
 import os
 import shutil
+from collections.abc import Iterator
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nnunet_fratmae.base.command import UserError, dataset_number, find_dataset, nnunet_folder, run_command
+from nnunet_fratmae.base.files import plain_name, renamed, writing_to
+from nnunet_fratmae.base.pool import KILLED
 from plans.contract import read_contract
+from plans.dataset_json import read_dataset_json
 from plans.extension import (
     count_classes,
     extend_plans,
@@ -21,11 +27,13 @@ from plans.extension import (
     follow_artefact,
     training_memory,
 )
-from plans.preprocessed import PLANS_NAME, check_splits, read_json
+from plans.fields import require
+from plans.preprocessed import PLANS_NAME, check_split_cases, check_splits, planning, read_json, replaced
+from plans.reader import check_names, check_plans, check_settings, check_whole_body, resolve
 from plans.settings import Settings, add_arguments, override
 
-Studies = dict[str, tuple[list[str], str | None]]
-"""Images and label file (None: there is none) by case id, as `plans.wholebody.list_studies` gives them."""
+if TYPE_CHECKING:
+    from plans.dataset_checks import Studies
 
 
 def main() -> None:
@@ -53,12 +61,18 @@ def _run(args: argparse.Namespace) -> None:
     if args.plans_name and (said or args.pretrained):
         raise UserError(f"-plans_name {args.plans_name}: these plans are there, and settings are for planning; edit "
                         "them in its file")  # fmt: skip
-    preprocessed = nnunet_folder("nnUNet_preprocessed")
+    if args.np < 1:
+        raise UserError(f"-np {args.np}: give at least 1 process")
+    if args.plans_name:
+        plain_name(args.plans_name, "-plans_name")
     for raw in [find_dataset("nnUNet_raw", dataset_id) for dataset_id in args.d]:
+        folder = nnunet_folder("nnUNet_preprocessed") / raw.name
         if args.plans_name:
-            preprocess(raw, _plans_that_are_there(preprocessed / raw.name, args.plans_name), *_open(raw), args.np)
+            plans, opened = _plans_that_are_there(folder, args.plans_name), _open(raw, args.np)
+            with planning(folder):
+                preprocess(raw, plans, *opened, args.np)
             continue
-        settings = planned_settings(preprocessed / raw.name / f"{PLANS_NAME}.json", said, args.pretrained)
+        settings = planned_settings(folder / f"{PLANS_NAME}.json", said, args.pretrained)
         plan_and_preprocess(raw, settings, args.np)
 
 
@@ -76,7 +90,7 @@ def planned_settings(earlier: Path, said: list[str], pretrained: str | None = No
     """
     settings = Settings()
     if earlier.is_file():
-        settings = _reopened(read_json(earlier))
+        settings = _reopened(_earlier(earlier))
         kept = ", ".join(_differences(settings.to_json(), Settings().to_json()))
         print(f"{earlier} is there: what it sets stays unless this command says otherwise ({kept or 'nothing'}); "
               "remove it to start afresh")  # fmt: skip
@@ -94,18 +108,33 @@ def planned_settings(earlier: Path, said: list[str], pretrained: str | None = No
     return followed
 
 
+def _earlier(path: Path) -> dict[str, Any]:
+    """Earlier plans as far as planning again looks at them."""
+    plans = read_json(path)
+    for part in ("configurations", "fratmae"):
+        right = isinstance(plans, dict) and isinstance(plans.get(part, {}), dict)
+        require(right, f"{path}: {part} must be {{...}}; mend it there, or remove the file and plan again")
+    check_settings(plans, str(path))
+    return plans
+
+
 def _plans_that_are_there(preprocessed: Path, name: str) -> dict[str, Any]:
     path = preprocessed / f"{name}.json"
     plans = read_json(path) if path.is_file() else {}
-    if not plans.get("fratmae"):
+    if not isinstance(plans, dict) or not plans.get("fratmae"):
         raise UserError(f"-plans_name {name}: {path} {'is not there' if not plans else 'has no FratMAE plans'}; bring "
                         "some with nnUNetv2_move_plans_between_datasets, or plan without -plans_name")  # fmt: skip
+    check_plans(plans, str(path))
+    check_names(plans, str(path))
+    for field, wanted in (("plans_name", name), ("dataset_name", preprocessed.name)):
+        require(plans[field] == wanted, f"{path}: {field} is {plans[field]}; write {wanted}, or nnU-Net would look for "
+                "the other")  # fmt: skip
     return plans
 
 
 def _reopened(plans: dict[str, Any]) -> Settings:
     """The settings of plans, where sizes that are still as the planner chose them are open."""
-    block = plans.get("fratmae", {})
+    block = deepcopy(plans.get("fratmae", {}))
     for key, value in plans.get("fratmae_chosen", {}).items():
         *path, last = key.split(".")
         part = block.get(path[0], {}) if path else block
@@ -134,35 +163,45 @@ def plan_and_preprocess(raw: Path, settings: Settings, processes: int) -> None:
     # Here and not above: nnU-Net and torch take seconds to import, and an error above should not
     from nnunetv2.experiment_planning.plan_and_preprocess_api import extract_fingerprint_dataset
 
+    from plans.inputs import check_dataset_images
     from plans.planner import FratMAEPlanner, plan_unlabelled
 
-    dataset_json, studies = _open(raw)
+    dataset_json, studies = _open(raw, processes)
+    preprocessed = nnunet_folder("nnUNet_preprocessed") / raw.name
     find_channels(dataset_json, settings.modalities)
+    check_dataset_images(studies, dataset_json, processes)
     labelled = count_labelled(studies)
     print(f"{raw.name}: {labelled} labelled and {len(studies) - labelled} unlabelled studies")
-    if labelled:
-        with _quiet():
-            extract_fingerprint_dataset(dataset_number(raw.name), num_processes=max(1, min(processes, labelled)),
-                                        verbose=False)  # fmt: skip
-        plans = FratMAEPlanner(raw.name, settings).plan_experiment()
-    else:
-        find_modalities(dataset_json)  # without labels there is only pretraining, which needs both
-        plans = plan_unlabelled(raw.name, studies, dataset_json, settings)
-    preprocess(raw, plans, dataset_json, studies, processes)
+    with planning(preprocessed):
+        if labelled:
+            with _by_nnunet(preprocessed):
+                extract_fingerprint_dataset(dataset_number(raw.name), num_processes=max(1, min(processes, labelled)),
+                                            verbose=False)  # fmt: skip
+            with writing_to(preprocessed):
+                plans = FratMAEPlanner(raw.name, settings).plan_experiment()
+        else:
+            find_modalities(dataset_json)  # without labels there is only pretraining, which needs both
+            plans = plan_unlabelled(raw.name, studies, dataset_json, settings)
+        preprocess(raw, plans, dataset_json, studies, processes)
 
 
-def _open(raw: Path) -> tuple[dict[str, Any], Studies]:
-    """dataset.json and the studies of a raw dataset folder."""
-    from plans.wholebody import list_studies
-
+def _open(raw: Path, processes: int) -> tuple[dict[str, Any], Studies]:
+    """dataset.json and the studies of a raw dataset folder, after all checks that need no plans."""
     if not (raw / "dataset.json").is_file():
         raise UserError(f"{raw}/dataset.json is not there; convert the studies first (fratmae_convert_pairs)")
-    dataset_json = read_json(raw / "dataset.json")
+    dataset_json = read_dataset_json(raw / "dataset.json")
     find_channels(dataset_json)
     check_splits(raw)
+
+    from plans.dataset_checks import check_studies
+    from plans.wholebody import list_studies
+
     studies = list_studies(raw, dataset_json)
     if not studies:
         raise UserError(f"{raw}: no studies in imagesTr or imagesPt; convert the studies first (fratmae_convert_pairs)")
+    for folder in (raw, nnunet_folder("nnUNet_preprocessed") / raw.name):
+        check_split_cases(folder / "splits_final.json", studies, f"studies of {raw}")
+    check_studies(raw, studies, dataset_json, processes)
     return dataset_json, studies
 
 
@@ -186,25 +225,58 @@ def preprocess(
     labelled = count_labelled(studies)
     preprocessed, dataset_id = nnunet_folder("nnUNet_preprocessed") / raw.name, dataset_number(raw.name)
     processes, configurations = max(1, min(processes, len(studies))), plans["configurations"]
+    where = str(preprocessed / f"{plans['plans_name']}.json")
+    check_plans(plans, where, dataset_json)
+    if "wholebody" in configurations:
+        check_whole_body(plans, where)
+    fullres = preprocessed / resolve(configurations, "3d_fullres", where)["data_identifier"]
     for name in ("dataset.json", "clinical.csv", "splits_final.json"):  # as nnU-Net's planner, of labelled datasets
         if (raw / name).is_file() and not (name == "splits_final.json" and (preprocessed / name).is_file()):
-            shutil.copyfile(raw / name, preprocessed / name)
+            with renamed(preprocessed / name) as partial:
+                shutil.copyfile(raw / name, partial)
     if labelled:
-        with _quiet():
-            if not (preprocessed / "dataset_fingerprint.json").is_file():  # where plans were moved; nnU-Net wants one
+        if not (preprocessed / "dataset_fingerprint.json").is_file():  # where plans were moved; nnU-Net wants one
+            with _by_nnunet(preprocessed):
                 extract_fingerprint_dataset(dataset_id, num_processes=processes, verbose=False)
-            preprocess_dataset(dataset_id, plans["plans_name"], ("3d_fullres",), num_processes=(processes,))
+        with replaced(fullres) as partial, _named_aside(plans, partial) as aside, _by_nnunet(preprocessed):
+            preprocess_dataset(dataset_id, aside, ("3d_fullres",), num_processes=(processes,))
     if "wholebody" in configurations:
         store = preprocessed / configurations["wholebody"]["data_identifier"]
         write_store(store, studies, plans, dataset_json, processes)
     else:
-        check_preprocessed(preprocessed / configurations["3d_fullres"]["data_identifier"], dataset_json)
+        check_preprocessed(fullres, dataset_json)
     _summary(preprocessed, plans, dataset_json, labelled)
 
 
-def _quiet() -> contextlib.AbstractContextManager:
-    """Hide nnU-Net's printing of whole plans; its progress bars (on stderr) stay."""
-    return contextlib.redirect_stdout(io.StringIO())
+@contextlib.contextmanager
+def _named_aside(plans: dict[str, Any], folder: Path) -> Iterator[str]:
+    """The name of plans by which nnU-Net preprocesses 3d_fullres to another folder than these say."""
+    aside = deepcopy(plans)
+    aside["configurations"]["3d_fullres"]["data_identifier"] = folder.name
+    path = folder.with_name(f"{plans['plans_name']}.partial.json")
+    try:
+        with writing_to(path):
+            path.write_text(json.dumps(aside))
+        yield path.stem
+    finally:
+        path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _by_nnunet(folder: Path) -> Iterator[None]:
+    """What nnU-Net does in processes of its own: its printing of whole plans is hidden, its progress bars (on stderr)
+    stay, and the death of a process is one line.
+
+    Raises:
+        UserError: a process was killed.
+    """
+    try:
+        with writing_to(folder), contextlib.redirect_stdout(io.StringIO()):
+            yield
+    except RuntimeError as error:
+        if "background worker" not in str(error):
+            raise
+        raise UserError(f"{folder}: a {KILLED}; try a smaller -np") from None
 
 
 def _summary(preprocessed: Path, plans: dict[str, Any], dataset_json: dict[str, Any], labelled: int) -> None:

@@ -6,6 +6,7 @@ import contextlib
 import io
 from collections.abc import Sequence
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,11 +15,13 @@ from batchgenerators.utilities.file_and_folder_operations import save_json
 from nnunetv2.experiment_planning.experiment_planners.default_experiment_planner import ExperimentPlanner
 from nnunetv2.imageio.reader_writer_registry import determine_reader_writer_from_dataset_json
 from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIOWithReorient
+from nnunetv2.utilities.json_export import recursive_fix_for_json_export
 from tqdm import tqdm
 
 from nnunet_fratmae.base.command import UserError, nnunet_folder
+from nnunet_fratmae.base.files import renamed
 from plans.extension import HWD_FROM_ZYX, channel_modalities, extend_plans, find_channels, hwd_axes
-from plans.preprocessed import PLANS_NAME
+from plans.preprocessed import PLANS_NAME, read_json
 from plans.settings import Settings
 from plans.units import MODALITIES, intensity_properties
 
@@ -70,7 +73,12 @@ class FratMAEPlanner(ExperimentPlanner):
         # patches, Dice would not punish what is found where there is nothing.
         plans["configurations"] = {"3d_fullres": {**plans["configurations"]["3d_fullres"], "batch_dice": True}}
         self.plans = finish_plans(plans, self.dataset_json, self.settings)
-        super().save_plans(self.plans)
+        path = nnunet_folder("nnUNet_preprocessed") / self.dataset_name / f"{self.plans_identifier}.json"
+        earlier = read_json(path)["configurations"] if path.is_file() else {}
+        # As nnU-Net, which keeps configurations that the user added, but the file is never half-written
+        self.plans["configurations"] = {**earlier, **self.plans["configurations"]}
+        recursive_fix_for_json_export(self.plans)
+        write_json(path, self.plans)
 
 
 def reoriented(values: Sequence[float], image: str) -> list[float]:
@@ -167,6 +175,12 @@ def plan_unlabelled(
     plans = finish_plans(plans, dataset_json, settings)
     folder = nnunet_folder("nnUNet_preprocessed") / dataset_name
     folder.mkdir(parents=True, exist_ok=True)
-    save_json(dataset_json, str(folder / "dataset.json"), sort_keys=False)
-    save_json(plans, str(folder / f"{PLANS_NAME}.json"), sort_keys=False)
+    write_json(folder / "dataset.json", dataset_json)
+    write_json(folder / f"{PLANS_NAME}.json", plans)
     return plans
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Raises WriteError on a full disk; what was there before stays then."""
+    with renamed(path) as partial:
+        save_json(content, str(partial), sort_keys=False)

@@ -14,7 +14,7 @@ from nnunet_fratmae.base.files import renamed
 from nnUNet_raw_conversion.clinical import COLUMNS, UNKNOWN, read_clinical, read_table
 from nnUNet_raw_conversion.splits import make_splits
 from plans.extension import JOINT_NETWORK, hwd_axes
-from plans.preprocessed import PLANS_NAME, read_json, stored_cases, validation_cases
+from plans.preprocessed import PLANS_NAME, read_splits, stored_cases, validation_cases
 from plans.settings import Settings
 
 NETWORK = "nnunet_fratmae.networks.staging.FratMAEStaging"
@@ -113,7 +113,7 @@ def read_cohort(preprocessed: Path, plans: dict[str, Any], fold: int | str) -> C
     else:
         split_unsegmented(preprocessed, plans)
         validation = validation_cases(preprocessed, plans, fold)
-        splits = read_json(preprocessed / "splits_final.json")
+        splits = read_splits(preprocessed / "splits_final.json")
         in_a_fold = {case for split in splits for side in split.values() for case in side}
         training = set(splits[fold]["train"]) | (stored - segmented - in_a_fold)
         validated = {patients.get(case, case) for case in validation}

@@ -7,7 +7,6 @@ nnU-Net's own file format as float16; a chunk is one coronal slice of one modali
 from __future__ import annotations
 
 import functools
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -28,6 +27,7 @@ from tqdm import tqdm
 from nnunet_fratmae.base.command import UserError
 from nnunet_fratmae.base.pool import map_cases
 from plans.extension import channel_modalities, find_channels
+from plans.preprocessed import reading_case, replaced
 from plans.units import PRETRAINING_UNITS
 
 MOST_SATURATED = 0.05  # share of a study above the PET's upper limit; hot kidneys and bladder are well below 1 %
@@ -114,8 +114,10 @@ def check_preprocessed(folder: Path, dataset_json: dict[str, Any]) -> None:
     """
     dataset, channels = nnUNetDatasetBlosc2(str(folder)), find_channels(dataset_json)
     for case in tqdm(dataset.identifiers, "Units"):
-        data = dataset.load_case(case)[0]
-        check_units(case, {modality: data[channel] for modality, channel in channels.items()})
+        with reading_case(folder / f"{case}.b2nd"):
+            data = dataset.load_case(case)[0]
+            volumes = {modality: data[channel] for modality, channel in channels.items()}
+        check_units(case, volumes)
 
 
 def write_store(
@@ -125,18 +127,14 @@ def write_store(
     dataset_json: dict[str, Any],
     processes: int,
 ) -> None:
-    """Write the grid store of all studies to `folder`, which is replaced only when every study went well."""
-    partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    work = functools.partial(_write_study, folder=partial, plans=plans, dataset_json=dataset_json)
-    try:
+    """Write the grid store of all studies to `folder`, which is replaced only when every study went well.
+
+    Raises:
+        UserError: as `read_study` and `plans.preprocessed.replaced`.
+    """
+    with replaced(folder) as partial:
+        work = functools.partial(_write_study, folder=partial, plans=plans, dataset_json=dataset_json)
         list(tqdm(map_cases(work, list(studies.items()), processes), "Whole-body grid", len(studies)))
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    shutil.rmtree(folder, ignore_errors=True)
-    partial.rename(folder)
 
 
 def read_study(

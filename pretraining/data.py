@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import blosc2
 import numpy as np
 import torch
 from torch import Tensor
@@ -18,6 +16,8 @@ from tqdm import tqdm
 from nnunet_fratmae.base.command import UserError, dataset_number
 from nnUNet_raw_conversion.clinical import ClinicalRecord, prompt, read_clinical
 from plans.extension import find_modalities
+from plans.preprocessed import open_case, reading_case
+from plans.reader import check_whole_body
 from plans.settings import STACKS, Pretrain, WholeBody
 from plans.units import PRETRAINING_UNITS, shift_above_air
 
@@ -48,6 +48,7 @@ def list_cases(preprocessed: Path, plans: dict[str, Any], dataset_json: dict[str
         UserError: CT or PET or the store is missing or empty or not on the plans' grid, or clinical.csv is wrong.
     """
     ct, pet = find_modalities(dataset_json)
+    check_whole_body(plans, f"{plans['plans_name']}.json")
     store = preprocessed / plans["configurations"]["wholebody"]["data_identifier"]
     files = sorted(f for f in store.glob("*.b2nd") if not f.stem.endswith("_seg"))
     if not files:
@@ -112,8 +113,7 @@ def check_grid(files: Iterable[Path], grid: Sequence[int]) -> None:
         UserError: one is not: the plans were edited, or nnU-Net's own preprocessing wrote the store.
     """
     for file in files:
-        with reading(file):
-            shape = blosc2.open(str(file), mode="r").shape[1:]
+        shape = open_case(file).shape[1:]
         if shape != tuple(grid):
             raise UserError(f"{file}: has {' x '.join(map(str, shape))} voxels, the plans' wholebody.grid is "
                             f"{' x '.join(map(str, grid))}; write the store anew with fratmae_plan_and_preprocess "
@@ -150,26 +150,16 @@ def augment(patch: Tensor, view: View) -> Tensor:
 
 def read_patch(case: Case, window: tuple[slice, slice, slice]) -> Tensor:
     """(2, *patch) CT and PET, float32; of a coronal stack only the slices that are used are read."""
+    volume = open_case(case.path)
     rows, columns, heights = window
     first = range(rows.start, rows.stop, rows.step or 1)
     patch = np.empty((2, len(first), *(len(range(s.start, s.stop, s.step or 1)) for s in window[1:])), np.float32)
-    with reading(case.path):
-        volume = blosc2.open(str(case.path), mode="r")
-        for modality, channel in enumerate(case.channels):
-            for i, row in enumerate(first):  # the store's chunks are coronal slices
+    for modality, channel in enumerate(case.channels):
+        for i, row in enumerate(first):  # the store's chunks are coronal slices
+            with reading_case(case.path):
                 plane = volume[channel, row, columns.start : columns.stop, heights.start : heights.stop]
-                patch[modality, i] = plane[:: columns.step or 1, :: heights.step or 1]
+            patch[modality, i] = plane[:: columns.step or 1, :: heights.step or 1]
     return torch.from_numpy(patch)
-
-
-@contextmanager
-def reading(file: Path) -> Iterator[None]:
-    """Raises UserError where blosc2 cannot read a stored study within."""
-    try:
-        yield
-    except (RuntimeError, OSError, ValueError, IndexError) as error:  # blosc2's, of a file that is cut off or altered
-        raise UserError(f"{file}: cannot be read ({type(error).__name__}), it is damaged or cut off; plan and "
-                        "preprocess again (fratmae_plan_and_preprocess)") from None  # fmt: skip
 
 
 class DiskPatches(Dataset):
@@ -199,8 +189,8 @@ class MemoryPatches:
             raise UserError(f"pretrain.store=memory: {len(cases)} studies need {needed:.1f} GB on {device}; use "
                             "pretrain.store=disk") from None  # fmt: skip
         for number, case in enumerate(tqdm(cases, "Studies to memory")):
-            with reading(case.path):
-                volume = blosc2.open(str(case.path), mode="r")[:][list(case.channels)]
+            with reading_case(case.path):
+                volume = open_case(case.path)[:][list(case.channels)]
             self.volumes[number] = torch.from_numpy(volume).to(device)
 
     def __len__(self) -> int:

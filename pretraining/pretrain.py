@@ -15,9 +15,11 @@ from nnunet_fratmae.base.command import (
     nnunet_folder,
     run_command,
 )
-from plans.extension import choose_sizes, find_channels, lost_to_pretraining
-from plans.preprocessed import PLANS_NAME, load_plans, validation_cases
-from plans.settings import METHODS, STACKS, Pretrain, Settings, add_arguments, override, require
+from plans.extension import choose_sizes, find_channels, find_modalities, lost_to_pretraining
+from plans.fields import require
+from plans.preprocessed import PLANS_NAME, validation_cases
+from plans.reader import check_whole_body, load_plans
+from plans.settings import METHODS, STACKS, Pretrain, Settings, add_arguments, override
 from plans.staging import split_unsegmented
 
 RUN_NAME = f"FratMAEPretraining__{PLANS_NAME}__wholebody"
@@ -137,6 +139,8 @@ def check_plans(datasets: list[Path], loaded: list[tuple[dict, dict]], settings:
         lost = lost_to_pretraining(plans, fullres, dataset_json, channels)
         if lost:
             raise UserError(f"{preprocessed.name}: {lost[0]}")
+        find_modalities(dataset_json)
+        check_whole_body(plans, str(preprocessed / f"{PLANS_NAME}.json"))
         grid = tuple(plans["fratmae"]["wholebody"]["grid"])
         if grid != settings.wholebody.grid:
             wanted = str(list(settings.wholebody.grid)).replace(" ", "")

@@ -18,7 +18,7 @@ from nnunet_fratmae.base.files import renamed
 from nnunet_fratmae.base.weights import check_finite, read_safetensors
 from nnUNet_raw_conversion.clinical import ClinicalRecord, prompt, read_clinical
 from plans.contract import CONTRACT_NAME, WEIGHTS_NAME
-from plans.preprocessed import load_plans
+from plans.reader import load_plans
 from plans.settings import Pretrain, Settings, WholeBody
 from pretraining.checkpoint import LATEST, load_run
 from pretraining.export import ALIGN_NAME

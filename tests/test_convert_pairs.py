@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -69,9 +70,10 @@ def source(tmp_path):
 
 @pytest.fixture
 def convert(source, monkeypatch):
-    def call(*more, np=1, seg=("--seg", "SEG.nii.gz"), folder=source):
+    def call(*more, np=1, seg=("--seg", "SEG.nii.gz"), folder=source, keep=("--keep-names",)):
         files = ["--ct", "CT.nii.gz", "--pet", "PET.nii.gz", *seg]
-        command = ["fratmae_convert_pairs", "-i", str(folder), "-d", "7", "-n", "Test", *files, "-np", str(np), *more]
+        command = ["fratmae_convert_pairs", "-i", str(folder), "-d", "7", "-n", "Test", *files, "-np", str(np)]
+        command += [*keep, *more]
         monkeypatch.setattr("sys.argv", command)
         main()
 
@@ -282,13 +284,55 @@ def test_calls_that_cannot_work(convert, source, raw, tmp_path, monkeypatch):
     assert "nnUNet_raw is not set" in refused(convert, raw)
 
 
+def test_cases_are_called_by_pseudonyms(convert, source, raw, tmp_path, capsys):
+    """Folders are called as patients are; the key table, the clinical table and the folds go by the folders' names."""
+    (source / "pat-1").rename(source / "Kettler, Josephine")
+    (source / "pat.2").rename(source / "0012")
+    (source / "clinical.csv").write_text(
+        "case_id,tracer,diagnosis,age,patient\n\"Kettler, Josephine\",FDG,Hodgkin lymphoma of Kettler,61,Kettler\n"
+        "12,Kettler,melanoma,50,Kettler\nHanssen,FDG,,,\n"
+    )
+    folds = [{"train": ["Kettler, Josephine"], "val": ["0012"]}, {"train": ["0012"], "val": ["Kettler, Josephine"]}]
+    (source / "splits_final.json").write_text(json.dumps(folds))
+    convert(keep=())
+    out, err = capsys.readouterr()
+    keys = (tmp_path / "key_in.csv").read_text()
+    case = {line.split(",", 2)[2].split("/in/")[1].strip('"'): line.split(",")[0] for line in keys.splitlines()[1:]}
+    assert sorted(case.values()) == ["Test_0001", "Test_0002"]
+    dataset = raw / "Dataset007_Test"
+    kettler, other = case["Kettler, Josephine"], case["0012"]
+    rows = dict(line.split(",", 1) for line in (dataset / "clinical.csv").read_text().splitlines()[1:])
+    assert rows == {kettler: f"18F-FDG,Hodgkin lymphoma,61,,,{min(case.values(), key=list(rows).index)}",
+                    other: f",melanoma,50,,,{min(case.values(), key=list(rows).index)}"}  # fmt: skip
+    assert json.loads((dataset / "splits_final.json").read_text())[0] == {"train": [kettler], "val": [other]}
+    assert "diagnosis of 1 case (" in err and "tracer of 1 case (" in err and "1 cases that are not there" in err
+    texts = [out, err, *(str(p) for p in dataset.rglob("*"))]
+    texts += [p.read_text() for p in dataset.rglob("*") if p.suffix in (".csv", ".json", ".html")]
+    assert not any(name in text for text in texts for name in ("Kettler", "Josephine", "Hanssen"))
+
+
+def test_messages_on_pseudonymous_cases_do_not_name_the_folder(convert, source, raw):
+    (source / "pat.2" / "PET.nii.gz").write_bytes((source / "pat.2" / "PET.nii.gz").read_bytes()[:-100])
+    message = refused(convert, raw, keep=())
+    assert "Test_000" in message and "PET.nii.gz" in message and "pat.2" not in message
+
+
+def test_pseudonyms_stay_with_the_folders(convert, source, raw, tmp_path):
+    convert(keep=())
+    keys = (tmp_path / "key_in.csv").read_text()
+    write(source / "another", study(3))
+    shutil.rmtree(raw)
+    convert(keep=())
+    assert set(keys.splitlines()) < set((tmp_path / "key_in.csv").read_text().splitlines())
+
+
 @pytest.mark.skipif(not REAL.exists(), reason="the real patients are not here")
 def test_real_patients(raw, tmp_path, monkeypatch):
     for case in ("STS_002", "STS_019"):
         (tmp_path / "real").mkdir(exist_ok=True)
         (tmp_path / "real" / case).symlink_to(REAL / case)
     files = ["--ct", "CTres.nii.gz", "--pet", "SUV.nii.gz", "--seg", "SEG.nii.gz"]
-    command = ["fratmae_convert_pairs", "-i", str(tmp_path / "real"), "-d", "7", "-n", "STS", *files, "-np", "1"]
+    command = ["fratmae_convert_pairs", "-i", str(tmp_path / "real"), "-d", "7", "-n", "STS", *files, "--keep-names"]
     monkeypatch.setattr("sys.argv", [*command, "--clinical", str(REAL / "clinical.csv")])
     main()
     assert "STS_002,18F-FDG,soft tissue sarcoma,61,M," in (raw / "Dataset007_STS" / "clinical.csv").read_text()

@@ -240,3 +240,66 @@ def test_highdicom_reads_what_is_written_here(tmp_path, pet):
     seg = highdicom.seg.segread(write_seg(tmp_path / "seg", masks(), pet))
     volume = seg.get_volume(segment_numbers=[1])
     assert volume.array.sum() == masks()[0].sum()
+
+
+def without(file, *keywords):
+    """The file without some attributes, wherever they stand."""
+
+    def strip(dataset):
+        for keyword in keywords:
+            dataset.pop(keyword, None)
+        for element in dataset:
+            for item in element.value if element.VR == "SQ" else ():
+                strip(item)
+
+    dataset = pydicom.dcmread(file)
+    strip(dataset)
+    dataset.save_as(file)
+    return file
+
+
+@pytest.mark.parametrize(
+    "keywords",
+    [
+        ["SliceThickness"],
+        ["SegmentedPropertyCategoryCodeSequence", "SegmentedPropertyTypeCodeSequence"],
+        ["SegmentAlgorithmType", "SegmentAlgorithmName"],
+        ["DimensionIndexSequence", "DimensionIndexValues", "DimensionOrganizationSequence"],
+        ["PixelMeasuresSequence", "PlaneOrientationSequence"],
+        ["SegmentsOverlap", "ContentLabel", "ContentCreatorName", "ReferencedSeriesSequence", "FrameContentSequence"],
+        ["SegmentationType"],
+        ["SegmentLabel"],
+    ],
+)
+def test_one_that_lacks_what_is_not_needed_is_read(tmp_path, pet, keywords):
+    expected = masks()
+    file = without(write_seg(tmp_path / "seg", expected, pet), *keywords)
+    for (_, mask), truth in zip(read_segments(file, reference()), expected, strict=True):
+        np.testing.assert_array_equal(mask, truth)
+
+
+def test_geometry_in_the_header_itself(tmp_path, pet):
+    file = write_seg(tmp_path / "seg", masks()[:1], pet)
+    dataset = pydicom.dcmread(file)
+    measures = dataset.SharedFunctionalGroupsSequence[0].PixelMeasuresSequence[0]
+    dataset.PixelSpacing, dataset.ImageOrientationPatient = measures.PixelSpacing, [1, 0, 0, 0, 1, 0]
+    del dataset.SharedFunctionalGroupsSequence
+    dataset.save_as(file)
+    [(_, mask)] = read_segments(file, reference())
+    np.testing.assert_array_equal(mask, masks()[0])
+
+
+@pytest.mark.parametrize(
+    ("keyword", "tag"),
+    [("ImagePositionPatient", "(0020,0032)"), ("PerFrameFunctionalGroupsSequence", "(5200,9230)"),
+     ("SegmentSequence", "(0062,0002)"), ("SegmentIdentificationSequence", "ReferencedSegmentNumber (0062,000b)")],
+)  # fmt: skip
+def test_what_is_missing_is_named(tmp_path, pet, keyword, tag):
+    file = without(write_seg(tmp_path / "seg", masks(), pet), keyword)
+    assert f"{tag} is missing" in refused(read_segments, file, reference())
+
+
+def test_pixel_size_is_not_guessed_on_another_grid(tmp_path, pet):
+    file = without(write_seg(tmp_path / "seg", masks(), pet), "PixelMeasuresSequence")
+    other = reference(shape=(20, 30, 40))
+    assert "PixelSpacing (0028,0030) is missing" in refused(read_segments, file, other)

@@ -792,7 +792,7 @@ def test_names_in_a_table_are_not_passed_on(tmp_path):
     pet_only(tmp_path / "Kettler_J", "4711")
     (found,), _ = visits_of(tmp_path)
     row = table(tmp_path, "case_id,diagnosis\n4711,NS Hodgkin (Frau Muster; 4711)\n").find(found, "G_0001")
-    assert record_of("G_0001", found, row, "Hodgkin lymphoma").diagnosis == "NS Hodgkin (Frau …; …)"
+    assert record_of("G_0001", found, row, "Hodgkin lymphoma").diagnosis == "NS Hodgkin"
 
 
 CASES = {"G_0001": visit("0012", "HD16"), "G_0002": visit("12", "HD18"), "G_0003": visit("12", "HD18"),
@@ -819,6 +819,36 @@ def test_bad_test_lists_are_refused_without_their_content(tmp_path, text, words)
     with pytest.raises(UserError, match=words) as error:
         read_test_list(tmp_path / "test.txt", CASES)
     assert "Erika" not in str(error.value)
+
+
+def test_an_unknown_roi_waits_and_is_listed(trial):
+    """Even beside a lesion: a label without it would be wrong. What the user says goes."""
+    write_patient(trial.input / "p", "p", rois={"Lesion": LESION, "boost": LESION, "Urinary bladder": LESION})
+    output = trial.convert(fails=True)
+    assert "ROI 2 '…': not known whether this is a lesion" in output and "--lesion-roi" in output
+    folder = trial.raw / ".partial_Dataset522_GHSG"
+    with (folder / "conversion_report.csv").open() as file:
+        assert [row["code"] for row in csv.DictReader(file)] == ["ROI_UNKNOWN"]
+    with (folder / "conversion_rois.csv").open() as file:
+        rows = [(row["number"], row["name"], row["note"]) for row in csv.DictReader(file)]
+    assert [row[:2] for row in rows] == [("1", "Lesion"), ("2", "…"), ("3", "Urinary bladder")]
+    assert rows[1][2] == "unknown"
+    trial.convert("--lesion-roi", "lesion|boost")
+    assert [row["kept"] for row in trial.table("conversion_rois")] == ["True", "True", "False"]
+
+
+def test_the_diagnosis_is_unknown_unless_the_trial_says_it(trial):
+    psma = {"Radiopharmaceutical": "Piflufolastat F 18"}
+    write_patient(trial.input / "1", "1", PatientSex="M", **psma)
+    write_patient(trial.input / "2", "2")
+    write_patient(trial.input / "3", "3", ClinicalTrialProtocolID="HD17")
+    write_patient(trial.input / "4", "4", ClinicalTrialProtocolID="HD18", **psma)
+    output = trial.convert()
+    rows = {row["case_id"]: (row["tracer"], row["diagnosis"]) for row in trial.table("clinical")}
+    who = {row["patient"]: rows[row["case_id"]] for row in trial.table("keys")}
+    assert who == {"1": ("18F-PSMA", ""), "2": ("18F-FDG", ""), "3": ("18F-FDG", "Hodgkin lymphoma"),
+                   "4": ("18F-PSMA", "")}  # fmt: skip
+    assert "diagnosis of 3 cases" in output and "--diagnosis" in output
 
 
 # ---- real data

@@ -1,5 +1,7 @@
 """Networks of CT alone and of PET alone, training with a modality missing now and then, predicting where one is."""
 
+import errno
+import gzip
 import json
 import os
 import shutil
@@ -416,6 +418,50 @@ def test_a_model_that_sees_one_modality_does_without_the_other(tmp_path, monkeyp
     fill(monkeypatch, tmp_path)
     with pytest.raises(SystemExit, match="is not empty"):
         fill(monkeypatch, tmp_path)
+
+
+def test_a_bad_file_is_named_before_anything_is_written(tmp_path, monkeypatch):
+    """Cut off, NaN, on another grid, 4D: there is no folder, half filled, that nnUNetv2_predict would take."""
+    model_folder(tmp_path / "model", CT_FIRST, **DROPOUT)
+    (tmp_path / "in").mkdir()
+    good = np.random.default_rng(0).normal(size=(10, 14, 18))
+    for name in ("a_0001", "b_0000", "b_0001", "c_0000"):
+        write_image(tmp_path / "in" / f"{name}.nii.gz", good)
+    content = gzip.decompress((tmp_path / "in" / "c_0000.nii.gz").read_bytes())
+
+    def refused(name: str, says: str) -> None:
+        with pytest.raises(SystemExit, match=says) as error:
+            fill(monkeypatch, tmp_path)
+        assert "\n" not in str(error.value) and not (tmp_path / "out").exists()
+        assert sorted(os.listdir(tmp_path)) == ["in", "model"]
+        write_image(tmp_path / "in" / name, good)
+
+    (tmp_path / "in" / "c_0000.nii.gz").write_bytes(gzip.compress(content[: len(content) // 2]))
+    refused("c_0000.nii.gz", "c_0000.nii.gz: ends too early")
+    write_image(tmp_path / "in" / "c_0000.nii.gz", np.where(good > 2, np.nan, good))
+    refused("c_0000.nii.gz", "c_0000.nii.gz: has .* NaN")
+    write_image(tmp_path / "in" / "b_0001.nii.gz", good[1:])
+    refused("b_0001.nii.gz", "case b: CT and PET are not on one grid .18x14x10 and 18x14x9 voxels")
+    sitk.WriteImage(sitk.Image([8, 8, 8, 2], sitk.sitkInt16), tmp_path / "in" / "a_0001.nii.gz")
+    refused("a_0001.nii.gz", "a_0001.nii.gz: is 4D")
+    fill(monkeypatch, tmp_path)
+    assert len(os.listdir(tmp_path / "out")) == 6
+
+
+def test_a_full_disk_leaves_no_half_filled_folder(tmp_path, monkeypatch):
+    model_folder(tmp_path / "model", CT_FIRST, **DROPOUT)
+    (tmp_path / "in").mkdir()
+    for name in ("a_0001", "b_0000", "b_0001"):
+        write_image(tmp_path / "in" / f"{name}.nii.gz", np.ones((10, 14, 18)))
+
+    def full(path, *_):
+        path.write_bytes(b"half")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(fill_missing, "write_absent", full)
+    with pytest.raises(SystemExit, match=r"out cannot be written to \(No space left on device\)"):
+        fill(monkeypatch, tmp_path)
+    assert sorted(os.listdir(tmp_path)) == ["in", "model"]
 
 
 # ------------------------------------------------------------------------------------------------------ stock commands

@@ -6,19 +6,14 @@ import stat
 from pathlib import Path
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
-from pydicom import Dataset
 
 from nnunet_fratmae.base.command import UserError
 from nnUNet_raw_conversion.pseudonyms import (
-    IMAGING_WORDS,
     Key,
     assign,
     key_file,
     read_keys,
     same_number,
-    scrubber,
     write_keys,
 )
 
@@ -126,50 +121,16 @@ def test_numbers_are_compared_as_spreadsheets_leave_them(a, b):
     assert same_number(a) == same_number(b)
 
 
-def header(**tags) -> Dataset:
-    dataset = Dataset()
-    for keyword, value in tags.items():
-        setattr(dataset, keyword, value)
-    return dataset
-
-
-PERSON = {"PatientName": "Müller^Änne^^Dr", "PatientID": "K-4711/08", "PatientBirthDate": "19641122"}
-
-
-@pytest.mark.parametrize(
-    "text",
-    ["PET Mueller WB", "GTV_MÜLLER_1", "GTVmuller", "roi Anne", "k-4711", "*19641122", "born 22.11.1964", "1964-11-22",
-     "uid 1.2.840.113619.2.55.3", "file /x/Kettler_Jo/pet.nii.gz", "AENNE", "on 2019-02-03",
-     "GTV Mu\u0308ller"],
-)  # fmt: skip
-def test_what_identifies_is_hidden(text):
-    shown = scrubber([header(**PERSON)], ["Kettler_Jo", "PET"])(text)
-    low = shown.lower()
-    assert "…" in shown
-    for secret in ("muell", "müll", "mull", "u\u0308ll", "anne", "aenne", "4711", "1964", "kettler", "113619", "2019"):
-        assert secret not in low
-
-
-@pytest.mark.parametrize(
-    "text", ["PET AC, 267 slices, 1.5 mm", "GTV_Mass_left", "CT covers 83% of the PET's length", "180 min, slope 1.25",
-             "PatientWeight (0010,1030) is missing or 0", "dose is 350, read as MBq"],
-)  # fmt: skip
-def test_what_does_not_identify_is_shown(text):
-    assert scrubber([header(**PERSON)], ["Kettler_Jo", "PET", "CT_low_dose", "image"])(text) == text
-
-
-LATIN = st.characters(categories=["Lu", "Ll"], max_codepoint=0x24F)
-
-
-@given(name=st.text(LATIN, min_size=4, max_size=12), glue=st.sampled_from("_- ./^"))
-def test_any_name_is_hidden_in_any_case(name, glue):
-    hide = scrubber([header(PatientName=name)], [])
-    for form in (name, name.upper(), name.lower()):
-        if form.casefold() not in IMAGING_WORDS:
-            assert hide(f"roi{glue}{form}{glue}7") == f"roi{glue}…{glue}7"
-
-
 def test_source_has_no_default_in_nnunet_raw(tmp_path, monkeypatch):
     """Beside the input, even if nnUNet_raw is set: datasets are shared, and with them whatever lies there."""
     monkeypatch.setenv("nnUNet_raw", str(tmp_path / "raw"))
     assert tmp_path / "raw" not in key_file(None, Path(tmp_path / "in")).parents
+
+
+@pytest.mark.parametrize("variable", ["nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"])
+def test_no_key_table_lies_in_nnunets_folders(tmp_path, monkeypatch, variable):
+    """Also not where the input lies there: raw folders are shared as a whole."""
+    monkeypatch.setenv(variable, str(tmp_path / "nn"))
+    with pytest.raises(UserError, match="--key-file"):
+        key_file(None, tmp_path / "nn" / "originals")
+    assert key_file(tmp_path / "keys.csv", tmp_path / "nn" / "originals") == tmp_path / "keys.csv"

@@ -29,7 +29,7 @@ def patients(tmp_path_factory) -> Workspace:
         source = workspace.folder / f"studies{dataset_id}"
         for case in cases:
             shutil.copytree(STUDIES / case, source / case)
-        workspace.run(f"fratmae_convert_pairs -i {source} -d {dataset_id} -n Sarcoma --ct CTres.nii.gz "
+        workspace.run(f"fratmae_convert_pairs --keep-names -i {source} -d {dataset_id} -n Sarcoma --ct CTres.nii.gz "
                       "--pet SUV.nii.gz --seg SEG.nii.gz -np 2")  # fmt: skip
     workspace.run("fratmae_plan_and_preprocess -d 7 -preset vit_tiny -np 2")
     workspace.run(f"fratmae_pretrain -d 7 -m fratmae_notext -device cpu -o {workspace.folder}/pretraining "

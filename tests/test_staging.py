@@ -418,6 +418,40 @@ def test_a_study_that_cannot_be_read_does_not_stop_the_others(trained, phantoms,
         assert [row["case"] for row in csv.DictReader(file)] == ["phantom_001"]
 
 
+def test_studies_that_cannot_be_are_one_line_each(trained, phantoms, tmp_path):
+    """Eight ways in which a study is none; the one that is right is classified, and the exit code is 1."""
+    folder = tmp_path / "in"
+    folder.mkdir()
+    ct, pet = (sitk.ReadImage(phantoms.raw / "Dataset008_Phantom" / "imagesTr" / f"phantom_000_000{i}.nii.gz")
+               for i in (0, 1))  # fmt: skip
+    ct = sitk.Cast(ct, sitk.sitkFloat32)
+    moved = sitk.Image(ct)
+    moved.SetOrigin(np.add(ct.GetOrigin(), (0, 30, 0)).tolist())
+    hole = sitk.GetArrayFromImage(pet)
+    hole[3:5] = np.nan
+    hole = sitk.GetImageFromArray(hole)
+    hole.CopyInformation(pet)
+    studies = {
+        "air": (ct * 0 - 1024, pet, "CT shows no body"), "bqml": (ct, pet * 4000, "Bq/ml"),
+        "moved": (moved, pet, "not on one grid"), "nan": (ct, hole, "NaN"), "right": (ct, pet, ""),
+        "slice": (ct[:, :, 9:10], pet[:, :, 9:10], "a single slice"), "swapped": (pet, ct, "is this the PET"),
+        "time": (ct, sitk.JoinSeries([pet, pet]), "is 4D"), "zero": (ct, pet * 0, "zero everywhere"),
+    }  # fmt: skip
+    for case, (*images, _) in studies.items():
+        for channel, image in enumerate(images):
+            sitk.WriteImage(image, folder / f"{case}_000{channel}.nii.gz")
+    output = phantoms.run(f"fratmae_predict_stage -i {folder} -o {tmp_path}/out -m {trained[0]} -device cpu "
+                          "--no_pictures", expect=1)  # fmt: skip
+    lines = [line for line in output.splitlines() if "refused: case" in line]
+    wrong = {case: said for case, (*_, said) in studies.items() if said}
+    assert len(lines) == len(wrong)
+    for line, (case, said) in zip(lines, wrong.items(), strict=True):
+        assert f"refused: case {case}: " in line and said in line
+    assert "error: 8 of 9 studies are not in stages.csv" in output and "Traceback" not in output
+    with (tmp_path / "out" / "stages.csv").open() as file:
+        assert [row["case"] for row in csv.DictReader(file)] == ["right"]
+
+
 def test_a_moved_model_predicts_what_it_validated_however_images_lie(trained, phantoms, tmp_path):
     """No variable of nnU-Net, a study of the validation in four orientations, and the same answer to each."""
     model, _ = trained

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
-import numpy as np
 import pydicom
 
 from nnunet_fratmae.base.command import UserError
+from nnUNet_raw_conversion.dicom.beds import axial_range, normal_of, with_beds
 from nnUNet_raw_conversion.dicom.index import Series, read_header
 
 _NAC = re.compile(
@@ -30,10 +30,15 @@ _SHARP_TEXT = re.compile(r"lung|lunge|bone|knochen|hrct|edge|sharp", re.I)
 _SHARP_KERNEL = re.compile(r"[BIH][a-z]?[5-9]\d|L$|Y[A-E]$|FC[3-58]\d|LUNG|BONE|EDGE|DETAIL|SHARP", re.I)
 _LOW_DOSE = re.compile(r"low ?dose|(?<![a-z])ld(?:ct)?(?![a-z])|ac ?ct|ct ?ac|attenuation|niedrigdosis", re.I)
 _LEAST_SLICES = 5
+ENOUGH = 0.95
+"""Of the PET's length is what a CT must cover to need no other; tables and beds end at different slices."""
 
 
 def choose_pet(series: Sequence[Series]) -> tuple[Series, str]:
     """The attenuation-corrected static PET with the longest axial extent, and why it was taken (for the report).
+
+    Where the body is in several series that continue each other, the others are its `beds`; `remarks` of it say so, and
+    which could not be joined.
 
     Raises:
         UserError: there is none; why each PET series is unusable.
@@ -55,35 +60,45 @@ def choose_pet(series: Sequence[Series]) -> tuple[Series, str]:
         return long, unit, stated, original, -_number(one.header, "SeriesNumber"), one.series_uid
 
     best, *others = sorted(usable, key=rank, reverse=True)
+    ranks = {id(one): rank(one) for one in usable}  # `rank` of what is joined would be another one
+    alike = sorted((one for one in others if ranks[id(one)][1]), reverse=True, key=lambda one: (
+        ranks[id(one)][1:4] == ranks[id(best)][1:4], one.description == best.description, ranks[id(one)]))  # fmt: skip
+    whole, joined, apart = with_beds(best, alike)
     reasons = (
         "shorter",
         "its unit is not Bq/ml, counts or SUVbw",
         "attenuation correction not stated",
         "derived image",
     )
-    left += [f"'{label(one)}' ({_difference(rank(best), rank(one), reasons)})" for one in others]
+    left += [f"'{label(one)}' ({_difference(ranks[id(best)], ranks[id(one)], reasons)})"
+             for one in others if one not in joined]  # fmt: skip
     corrected = "ATTN" in _values(best.header, "CorrectedImage") or best.header.get("AttenuationCorrectionMethod")
     said = "" if corrected else "; the header does not say whether it is attenuation-corrected"
-    return best, _said(best, said, left)
+    return replace(whole, remarks=(*_joined(best, joined), *apart)), _said(best, said, left)
 
 
-def usable_cts(series: Iterable[Series], pet: Series) -> tuple[list[Series], list[str]]:
-    """The CT series that show the body in the PET's frame of reference, and the others, each with what is wrong."""
-    cts = [(one, _ct_fault(one, pet)) for one in series if one.modality == "CT"]
+def usable_cts(
+    series: Iterable[Series], pet: Series, trust_study: bool = False
+) -> tuple[list[Series], list[str]]:
+    """The CT series that show the body in the PET's frame of reference (with `trust_study` also those of the PET's
+    study in another one), and the others, each with what is wrong."""
+    cts = [(one, _ct_fault(one, pet, trust_study)) for one in series if one.modality == "CT"]
     left = sorted({f"'{label(one)}' ({fault})" for one, fault in cts if fault})
     return [one for one, fault in cts if not fault], left
 
 
-def choose_ct(series: Iterable[Series], pet: Series) -> tuple[Series | None, str]:
+def choose_ct(series: Iterable[Series], pet: Series, trust_study: bool = False) -> tuple[Series | None, str]:
     """The CT of the PET's frame of reference that covers the PET best, and why; None, and why there is none.
+
+    Where it ends before the PET, those that continue it are its `beds`, as of `choose_pet`.
 
     Of those that cover it alike (within 5%), a soft-tissue kernel before a lung or bone kernel, and the low-dose CT
     of the attenuation correction before a diagnostic one: it was taken in the breathing of the PET.
     """
-    usable, left = usable_cts(series, pet)
+    usable, left = usable_cts(series, pet, trust_study)
     if not usable:
         return None, f"no usable CT series: {'; '.join(left)}" if left else "no CT series (Modality CT)"
-    cover = {one.series_uid: _coverage(one, pet) for one in usable}
+    cover = {one.series_uid: coverage(one, pet) for one in usable}
 
     def rank(one: Series) -> tuple:
         kernel = (_values(one.header, "ConvolutionKernel") or [""])[0]
@@ -92,13 +107,17 @@ def choose_ct(series: Iterable[Series], pet: Series) -> tuple[Series | None, str
         low_dose = bool(_LOW_DOSE.search(_text(one))) and not contrast
         original = "ORIGINAL" in _values(one.header, "ImageType")
         covers = cover[one.series_uid] > max(cover.values()) - 0.05
-        return covers, soft, low_dose, not contrast, original, -_number(one.header, "SeriesNumber"), one.series_uid
+        number = -_number(one.header, "SeriesNumber")
+        return same_frame(one, pet), covers, soft, low_dose, not contrast, original, number, one.series_uid
 
     best, *others = sorted(usable, key=rank, reverse=True)
-    reasons = ("covers less of the PET", "lung or bone kernel", "not low-dose", "with contrast medium", "derived image")
-    left += [f"'{label(one)}' ({_difference(rank(best), rank(one), reasons)})" for one in others]
-    dose = ", low-dose" if rank(best)[2] else "" if rank(best)[3] else ", with contrast medium"
-    return best, _said(best, f"{dose}, covers {cover[best.series_uid]:.0%} of the PET's length", left)
+    whole, joined, apart = with_beds(best, others) if cover[best.series_uid] < ENOUGH else (best, [], [])
+    reasons = ("another frame of reference than the PET", "covers less of the PET", "lung or bone kernel",
+               "not low-dose", "with contrast medium", "derived image")  # fmt: skip
+    left += [f"'{label(one)}' ({_difference(rank(best), rank(one), reasons)})" for one in others if one not in joined]
+    dose = ", low-dose" if rank(best)[3] else "" if rank(best)[4] else ", with contrast medium"
+    said = _said(best, f"{dose}, covers {coverage(whole, pet):.0%} of the PET's length", left)
+    return replace(whole, remarks=(*_joined(best, joined), *apart)), said
 
 
 def choose_lesions(
@@ -113,11 +132,11 @@ def choose_lesions(
         [("RTSTRUCT" or "SEG", file), ...], the newest first, and why these, with the descriptions of several.
     """
     files = [
-        (one, file, _references(file)) for one in series if one.modality in ("RTSTRUCT", "SEG") for file in one.files
+        (one, file, references(file)) for one in series if one.modality in ("RTSTRUCT", "SEG") for file in one.files
     ]
     ways = {
-        "drawn on the PET": lambda one, refers: pet.series_uid in refers.series,
-        "drawn on the CT": lambda one, refers: any(ct.series_uid in refers.series for ct in cts),
+        "drawn on the PET": lambda one, refers: pet.uids & refers.series,
+        "drawn on the CT": lambda one, refers: any(ct.uids & refers.series for ct in cts),
         "in the PET's frame of reference": lambda one, refers: (
             pet.frame_uid and pet.frame_uid in refers.frames and _same_patient(one, pet)
         ),
@@ -139,18 +158,28 @@ def choose_lesions(
     return [], "no RTSTRUCT or SEG refers to this PET or its CT"
 
 
+def same_frame(ct: Series, pet: Series) -> bool:
+    """Whether a CT is not known to be in another frame of reference than the PET, or one of its beds."""
+    frames = {part.frame_uid for part in pet.parts}
+    return not ct.frame_uid or not all(frames) or ct.frame_uid in frames
+
+
+def coverage(ct: Series, pet: Series) -> float:
+    """The share of the PET's length that the CT covers."""
+    normal = normal_of(pet)
+    (low, high), (pet_low, pet_high) = axial_range(ct, normal), axial_range(pet, normal)
+    return max(0.0, min(high, pet_high) - max(low, pet_low)) / max(pet_high - pet_low, 1e-6)
+
+
+def voxels_of(series: Series) -> int:
+    """How many voxels a series has, by the header of one of its files."""
+    frames = _number(series.header, "NumberOfFrames", 1)
+    return int(len(series.files) * frames * _number(series.header, "Rows") * _number(series.header, "Columns"))
+
+
 def label(series: Series) -> str:
     """What a series is called in reports."""
     return series.description or "no description"
-
-
-def axial_range(series: Series, normal: np.ndarray) -> tuple[float, float]:
-    """Where the slices of a series begin and end in mm along `normal`, half a slice beyond the outer positions."""
-    places = np.sort(_positions(series.files) @ normal)
-    if not places.size:
-        return 0.0, 0.0
-    half = np.median(np.diff(np.unique(places.round(2)))) / 2 if places[-1] - places[0] > 0.01 else 0.5
-    return places[0] - half, places[-1] + half
 
 
 def _pet_fault(series: Series) -> str | None:
@@ -171,7 +200,7 @@ def _pet_fault(series: Series) -> str | None:
     return _too_few(series)
 
 
-def _ct_fault(series: Series, pet: Series) -> str | None:
+def _ct_fault(series: Series, pet: Series, trust_study: bool) -> str | None:
     image_type = set(_values(series.header, "ImageType"))
     if image_type & {"LOCALIZER", "MIP", "PROJECTION IMAGE", "SCREEN SAVE"} or _NO_VOLUME.search(_text(series)):
         return "MIP, scout or screen shot"
@@ -180,9 +209,17 @@ def _ct_fault(series: Series, pet: Series) -> str | None:
     if not (pet.frame_uid and series.frame_uid):
         if series.study_uid != pet.study_uid:
             return "other study"
-    elif series.frame_uid != pet.frame_uid:
+    elif not same_frame(series, pet) and not (trust_study and series.study_uid == pet.study_uid):
         return "another frame of reference than the PET"
     return _too_few(series)
+
+
+def _joined(best: Series, joined: Sequence[Series]) -> list[str]:
+    if not joined:
+        return []
+    labels = ", ".join(f"'{label(one)}'" for one in (best, *joined))
+    frames = " of several frames of reference" if len({one.frame_uid for one in (best, *joined)}) > 1 else ""
+    return [f"{best.modality} joined from {1 + len(joined)} series{frames} that continue each other: {labels}"]
 
 
 def _too_few(series: Series) -> str | None:
@@ -191,43 +228,12 @@ def _too_few(series: Series) -> str | None:
 
 
 def _length(series: Series) -> float:
-    low, high = axial_range(series, _normal(series))
+    low, high = axial_range(series, normal_of(series))
     return high - low
 
 
-def _coverage(ct: Series, pet: Series) -> float:
-    """The share of the PET's length that the CT covers."""
-    normal = _normal(pet)
-    (low, high), (pet_low, pet_high) = axial_range(ct, normal), axial_range(pet, normal)
-    return max(0.0, min(high, pet_high) - max(low, pet_low)) / max(pet_high - pet_low, 1e-6)
-
-
-@lru_cache(maxsize=256)
-def _positions(files: tuple[Path, ...]) -> np.ndarray:
-    """ImagePositionPatient (N, 3) of all slices, of one file each or of the frames of one file; (0, 3) if unknown."""
-    found = []
-    for file in files:
-        tags = ["ImagePositionPatient", "PerFrameFunctionalGroupsSequence", "SharedFunctionalGroupsSequence"]
-        header = pydicom.dcmread(file, stop_before_pixels=True, force=True, specific_tags=tags)
-        frames = header.get("PerFrameFunctionalGroupsSequence") or ()
-        found += [f.PlanePositionSequence[0].ImagePositionPatient for f in frames if "PlanePositionSequence" in f]
-        if not frames and header.get("ImagePositionPatient"):
-            found.append(header.ImagePositionPatient)
-    return np.array(found, dtype=float).reshape(-1, 3)
-
-
-def _normal(series: Series) -> np.ndarray:
-    header = series.header
-    for group in header.get("SharedFunctionalGroupsSequence", ()):
-        if "PlaneOrientationSequence" in group:
-            header = group.PlaneOrientationSequence[0]
-            break
-    axes = np.array(header.get("ImageOrientationPatient") or (1, 0, 0, 0, 1, 0), dtype=float)
-    return np.cross(axes[:3], axes[3:])
-
-
 @dataclass(frozen=True)
-class _References:
+class References:
     """What an RTSTRUCT or SEG refers to, and when it was made."""
 
     series: frozenset[str]
@@ -238,12 +244,12 @@ class _References:
 
 
 @lru_cache(maxsize=4096)
-def _references(file: Path) -> _References:
+def references(file: Path) -> References:
     """RTSTRUCT: PS3.3 C.8.8.5 (Structure Set); SEG: C.12.2 (Common Instance Reference)."""
     try:
         header = read_header(file)
     except Exception:  # a damaged file makes pydicom raise nearly anything; without a reference it is used nowhere
-        return _References(frozenset(), frozenset(), "", frozenset())
+        return References(frozenset(), frozenset(), "", frozenset())
     drawn_on, frames = [], [header.get("FrameOfReferenceUID")]
     for frame in header.get("ReferencedFrameOfReferenceSequence") or ():
         frames.append(frame.get("FrameOfReferenceUID"))
@@ -258,13 +264,13 @@ def _references(file: Path) -> _References:
     )
     names, segments = [str(roi.get("ROIName", "")) for roi in rois], header.get("SegmentSequence") or ()
     names += [f"{header.get('SeriesDescription')}/{segment.get('SegmentLabel')}" for segment in segments]
-    return _References(
+    return References(
         frozenset(map(str, filter(None, drawn_on))), frozenset(map(str, filter(None, frames))), next(times, ""),
         frozenset(names),
     )  # fmt: skip
 
 
-def _superseded(refers: _References, all_of_them: Iterable[_References]) -> bool:
+def _superseded(refers: References, all_of_them: Iterable[References]) -> bool:
     """Whether newer files have all its ROIs; of two of the same time, or of unknown, none is the newer one."""
     newer = {name for other in all_of_them if other.when > refers.when > "" for name in other.roi_names}
     return bool(refers.roi_names) and refers.roi_names <= newer

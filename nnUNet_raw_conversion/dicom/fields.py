@@ -55,6 +55,12 @@ def parse_datetime(text: str, header: pydicom.Dataset) -> datetime | None:
     return day + clock + shift
 
 
+def zone_of(text: str) -> str:
+    """The time zone that a DICOM DT states, as "+0130", or ""."""
+    match = re.search(r"[+-]\d{4}$", text.strip())
+    return match[0] if match else ""
+
+
 def _offset(zone: str) -> timedelta:
     """ "+0130" as a time span."""
     return (-1 if zone[0] == "-" else 1) * timedelta(hours=int(zone[1:3]), minutes=int(zone[3:]))
@@ -80,3 +86,19 @@ def parse_time(text: str) -> timedelta | None:
 def plain_text(value: object) -> str:
     """The text of a private element, which is bytes where the file does not say its type."""
     return (value.decode("ascii", "replace") if isinstance(value, bytes) else str(value)).strip(" \0")
+
+
+def private_value(header: pydicom.Dataset, group: int, creator: str, element: int) -> object | None:
+    """The value of a private element, None where it is absent.
+
+    De-identification may remove the block's creator and keep the block; it is then looked for at 10, where the first
+    block of a group is.
+    """
+    try:
+        return header.private_block(group, creator)[element].value
+    except KeyError:
+        pass
+    if (group, 0x0010) in header:  # the block at 10 is somebody else's
+        return None
+    found = header.get((group, 0x1000 + element))
+    return None if found is None else found.value

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
-import re
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pydicom
@@ -16,10 +16,15 @@ from pydicom.tag import Tag
 from tqdm import tqdm
 
 from nnunet_fratmae.base.command import UserError
+from nnUNet_raw_conversion.dicom.limits import check_file
+from nnUNet_raw_conversion.shown import secrets_of, shown_words
 
 FRAME_OF_REFERENCE = Tag("FrameOfReferenceUID")
 # The contours of an RTSTRUCT and the voxels: large, and no part of a header.
 BULK = {Tag(k) for k in ("ROIContourSequence", "FloatPixelData", "DoubleFloatPixelData", "PixelData")}
+# What the slices of one series have in common, even where their SeriesInstanceUID is not
+ALIKE = ("SeriesDescription", "ImageType", "CorrectedImage", "Units", "ConvolutionKernel", "ImageOrientationPatient",
+         "PixelSpacing", "Rows", "Columns")  # fmt: skip
 DICOMDIR = "1.2.840.10008.1.3.10"
 
 
@@ -36,13 +41,31 @@ class Series:
     frame_uid: str
     """Frame of reference of the images, or that an RTSTRUCT refers to; "" if there is none."""
     description: str
-    """SeriesDescription: letters, digits and spaces, at most 40, without words of the patient's name and ID."""
+    """What may be shown of SeriesDescription, see `shown.shown_words`."""
     date: str
     """StudyDate YYYYMMDD or ""; to put studies in order, never shown."""
     files: tuple[Path, ...]
     """In the order of their names."""
     header: pydicom.Dataset
     """Of the first file, up to its contours or voxels."""
+    other_uids: tuple[str, ...] = ()
+    """More SeriesInstanceUIDs of the same series, where every slice has one of its own."""
+    lost: int = 0
+    """Files beside its own that cannot be read and may be slices of it."""
+    beds: tuple[Series, ...] = ()
+    """More series of the same body, at other ranges of beds, see `beds.with_beds`."""
+    remarks: tuple[str, ...] = ()
+    """What the user should know about the choice of it, one sentence each."""
+
+    @property
+    def parts(self) -> tuple[Series, ...]:
+        """The series itself and its `beds`, each of which is read by itself."""
+        return (replace(self, beds=()), *self.beds)
+
+    @property
+    def uids(self) -> frozenset[str]:
+        """All SeriesInstanceUIDs that an RTSTRUCT or SEG drawn on it may name."""
+        return frozenset(uid for part in self.parts for uid in (part.series_uid, *part.other_uids))
 
 
 def scan(folder: Path, progress: bool = True) -> tuple[list[Series], int]:
@@ -50,7 +73,8 @@ def scan(folder: Path, progress: bool = True) -> tuple[list[Series], int]:
 
     Files are told by their content, so that names, extensions and folders do not matter; DICOMDIR and other files are
     passed over. A SOP instance that is there twice counts once. A SeriesInstanceUID that several patients, studies or
-    modalities share, as happens where data are de-identified by hand, makes several series.
+    modalities share, as happens where data are de-identified by hand, makes several series; slices that each have a
+    SeriesInstanceUID of their own, and all else alike, make one.
 
     Raises:
         UserError: there is no such folder.
@@ -61,30 +85,38 @@ def scan(folder: Path, progress: bool = True) -> tuple[list[Series], int]:
     found: dict[tuple[str, ...], dict[str, Path]] = {}
     closed: list[OSError] = []
     files = sorted(_files(folder, closed))
-    unreadable = len(closed)
+    bad: dict[Path, str] = {}  # DICOM files that cannot be read, with their Modality as far as it can be
+    strange: list[Path] = []
     for file in tqdm(files, "reading headers", unit="file", disable=not progress, leave=False):
+        modality = ""
         try:
             if not _is_dicom(file):
+                strange.append(file)
                 continue
             # The frame of reference is the last of what is needed here, and most of a header comes behind it.
             head = _read(file, lambda tag: tag > FRAME_OF_REFERENCE)
             if head.file_meta.get("MediaStorageSOPClassUID") == DICOMDIR:
                 continue
+            modality = _text(head, "Modality")
             key = tuple(_text(head, k) for k in ("PatientID", "StudyInstanceUID", "SeriesInstanceUID", "Modality"))
             instance = _text(head, "SOPInstanceUID")
         except Exception:  # a damaged file makes pydicom raise nearly anything
-            unreadable += 1
+            bad[file] = modality
             continue
         if not all(key[1:]) or not instance:
-            unreadable += 1
+            bad[file] = modality
             continue
         found.setdefault(key, {}).setdefault(instance, file)
     series = []
     for key, instances in found.items():
-        try:
-            series.append(_series(*key, tuple(instances.values())))
-        except Exception:
-            unreadable += len(instances)
+        files = tuple(instances.values())
+        header = _first_header(files)
+        if header is None:
+            bad |= dict.fromkeys(files, key[3])
+        else:
+            series.append(_series(*key, files, header))
+    series = _with_lost(_regrouped(series), bad, strange)
+    unreadable = len(closed) + len(bad)
     return sorted(series, key=lambda s: (s.patient, s.date, s.study_uid, s.modality, s.series_uid)), unreadable
 
 
@@ -93,13 +125,87 @@ def read_header(file: Path) -> pydicom.Dataset:
     return _read(file, lambda tag: tag in BULK)
 
 
-def _series(patient: str, study: str, series: str, modality: str, files: tuple[Path, ...]) -> Series:
-    header = read_header(files[0])
+def _first_header(files: tuple[Path, ...]) -> pydicom.Dataset | None:
+    """The header of the first file that has one; that of a damaged file beside it is told when the series is read."""
+    for file in files:
+        try:
+            header = read_header(file)
+            _frame_of(header)
+            return header
+        except Exception:
+            continue
+    return None
+
+
+def _series(
+    patient: str, study: str, series: str, modality: str, files: tuple[Path, ...], header: pydicom.Dataset
+) -> Series:
+    return Series(modality, patient, study, series, _frame_of(header), _description(header), _text(header, "StudyDate"),
+                  files, header)  # fmt: skip
+
+
+def _frame_of(header: pydicom.Dataset) -> str:
     frame = _text(header, "FrameOfReferenceUID")
     for reference in header.get("ReferencedFrameOfReferenceSequence") or []:
         frame = frame or _text(reference, "FrameOfReferenceUID")
-    return Series(modality, patient, study, series, frame, _description(header), _text(header, "StudyDate"), files,
-                  header)  # fmt: skip
+    return frame
+
+
+def _regrouped(series: list[Series]) -> list[Series]:
+    """Slices that each have a SeriesInstanceUID of their own (as some programs write them) put together.
+
+    They are CT or PET of one file each that have patient, study, frame of reference, description, kind, size, spacing
+    and orientation in common, and the SeriesNumber, unless that is another one for every slice as well.
+    """
+    singles: dict[tuple, list[Series]] = {}
+    for one in series:
+        if one.modality in ("CT", "PT") and len(one.files) == 1 and "NumberOfFrames" not in one.header:
+            same = tuple(_text(one.header, keyword) for keyword in ALIKE)
+            singles.setdefault((one.patient, one.study_uid, one.modality, one.frame_uid, same), []).append(one)
+    joined: dict[str, Series] = {}
+    for alike in singles.values():
+        numbers: dict[str, list[Series]] = {}
+        for one in alike:
+            numbers.setdefault(_text(one.header, "SeriesNumber"), []).append(one)
+        groups = [alike] if all(len(group) == 1 for group in numbers.values()) else list(numbers.values())
+        for first, *others in groups:
+            files = tuple(sorted(file for one in (first, *others) for file in one.files))
+            uids = tuple(one.series_uid for one in others)
+            joined |= dict.fromkeys((first.series_uid, *uids), replace(first, files=files, other_uids=uids))
+    kept = {id(joined.get(one.series_uid, one)): joined.get(one.series_uid, one) for one in series}
+    return list(kept.values())
+
+
+def _with_lost(series: list[Series], bad: dict[Path, str], strange: list[Path]) -> list[Series]:
+    """Count for each CT and PET the files of its folders that cannot be read and may be slices of it; `bad` gets those
+    of `strange`, which have no DICOM in them, but are called like the slices beside them (empty or overwritten files).
+
+    Of a file whose Modality can be read it is that; else the name tells it, or all series of the folder may miss it.
+    """
+    images: dict[Path, list[int]] = {}
+    names: dict[tuple[Path, str], Counter] = {}
+    for i, one in enumerate(series):
+        if one.modality in ("CT", "PT"):
+            for file in one.files:
+                names.setdefault((file.parent, _pattern(file)), Counter())[i] += 1
+            for folder in {file.parent for file in one.files}:
+                images.setdefault(folder, []).append(i)
+    for file in strange:
+        if not file.name.startswith(".") and sum(names.get((file.parent, _pattern(file)), {}).values()) > 1:
+            bad[file] = ""
+    lost: Counter[int] = Counter()
+    for file, modality in bad.items():
+        here = [i for i in images.get(file.parent, ()) if modality in ("", series[i].modality)]
+        called_so = [i for i in here if i in names.get((file.parent, _pattern(file)), {})]
+        lost.update(called_so or here)
+    return [replace(one, lost=lost[i]) if lost[i] else one for i, one in enumerate(series)]
+
+
+def _pattern(file: Path) -> str:
+    """What the names of a series' files have in common: IM#.dcm, or .dcm where they are called by hashes."""
+    digits = re.sub(r"\d+", "#", file.name)
+    is_hash = re.fullmatch(r"[0-9a-fA-F]{16,}|[0-9a-fA-F-]{36}", file.stem)
+    return f"*{file.suffix}" if is_hash else digits
 
 
 def _files(folder: Path, closed: list[OSError]) -> Iterator[Path]:
@@ -124,6 +230,7 @@ def _is_dicom(file: Path) -> bool:
 
 
 def _read(file: Path, stop: Callable[[int], bool]) -> pydicom.FileDataset:
+    check_file(file)
     with file.open("rb") as stream, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # they may quote what is in the file
         try:
@@ -138,7 +245,4 @@ def _text(header: pydicom.Dataset, keyword: str) -> str:
 
 
 def _description(header: pydicom.Dataset) -> str:
-    words = re.findall(r"[^\W_]+", _text(header, "SeriesDescription"))
-    private = {_text(header, keyword) for keyword in ("PatientName", "PatientID", "PatientBirthDate")}
-    private = {word.lower() for text in private for word in re.findall(r"[^\W_]+", text)}
-    return " ".join(word for word in words if word.lower() not in private)[:40].strip()
+    return shown_words(_text(header, "SeriesDescription"), secrets_of([header]))

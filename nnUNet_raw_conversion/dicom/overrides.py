@@ -1,4 +1,4 @@
-"""What a user knows better than the headers of a PET: a table of weight, dose, injection time and half-life by case."""
+"""What a user knows better than the headers of a PET: a table of weight, dose, times and half-life by case."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ from nnunet_fratmae.base.command import UserError
 from nnUNet_raw_conversion.clinical import read_table
 from nnUNet_raw_conversion.dicom.fields import parse_datetime
 
-COLUMNS = ("case_id", "weight_kg", "dose_bq", "dose_mbq", "injection_datetime", "half_life_s")
+COLUMNS = ("case_id", "weight_kg", "dose_bq", "dose_mbq", "injection_datetime", "half_life_s",
+           "decay_reference_datetime")  # fmt: skip
+DATETIMES = ("injection_datetime", "decay_reference_datetime")
 
 
 @dataclass(frozen=True)
@@ -26,11 +28,14 @@ class SuvOverride:
     injection: datetime | None = None
     """In the local time of the scanner."""
     half_life_s: float | None = None
+    decay_reference: datetime | None = None
+    """The time to which a PET with DecayCorrection START is decay-corrected, in the local time of the scanner."""
 
 
 def read_overrides(path: Path) -> dict[str, SuvOverride]:
-    """The rows of a csv or xlsx file with columns case_id and any of weight_kg, dose_bq or dose_mbq, injection_datetime
-    (2021-03-04 12:15:00, or 20210304121500 as in DICOM) and half_life_s; empty cells are as the header says.
+    """The rows of a csv or xlsx file with columns case_id and any of weight_kg, dose_bq or dose_mbq,
+    injection_datetime, half_life_s and decay_reference_datetime; times are 2021-03-04 12:15:00, or 20210304121500 as
+    in DICOM. Empty cells are as the header says.
 
     Raises:
         UserError: naming file, line and column, never what is in a cell.
@@ -56,7 +61,7 @@ def _override(cells: dict[str, str], where: str) -> SuvOverride:
     """One row, without case_id, as an override."""
     values: dict[str, float] = {}
     for name, cell in cells.items():
-        if name == "injection_datetime" or not cell:
+        if name in DATETIMES or not cell:
             continue
         try:
             values[name] = float(cell.replace(",", "."))
@@ -68,8 +73,11 @@ def _override(cells: dict[str, str], where: str) -> SuvOverride:
         if "dose_bq" in values:
             raise UserError(f"{where}: has dose_bq and dose_mbq; leave one of them empty")
         values["dose_bq"] = 1e6 * values["dose_mbq"]
-    text = cells.get("injection_datetime", "")
-    injection = parse_datetime(re.sub(r"[-: T]", "", text), pydicom.Dataset())
-    if text and injection is None:
-        raise UserError(f"{where}: injection_datetime is not like 2021-03-04 12:15:00; correct it")
-    return SuvOverride(values.get("weight_kg"), values.get("dose_bq"), injection, values.get("half_life_s"))
+    moments = {}
+    for name in DATETIMES:
+        text = cells.get(name, "")
+        moments[name] = parse_datetime(re.sub(r"[-: T]", "", text), pydicom.Dataset())
+        if text and moments[name] is None:
+            raise UserError(f"{where}: {name} is not like 2021-03-04 12:15:00; correct it")
+    return SuvOverride(values.get("weight_kg"), values.get("dose_bq"), moments["injection_datetime"],
+                       values.get("half_life_s"), moments["decay_reference_datetime"])  # fmt: skip

@@ -26,6 +26,7 @@ from scipy.spatial import cKDTree
 from skimage.measure import points_in_poly
 
 from nnunet_fratmae.base.command import UserError
+from nnUNet_raw_conversion.dicom.limits import check_file
 from nnUNet_raw_conversion.dicom.names import shown_name
 
 # CLOSEDPLANAR_XOR is the standard's spelling (PS3.3 C.8.8.6.1).
@@ -71,10 +72,11 @@ def read_rois(file: Path) -> list[Roi]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # they may quote what is in the file
+            check_file(file)
             rois = _rois(pydicom.dcmread(file, force=True))
     # What pydicom raises where an element is cut off, missing, or not what its VR says.
     except (AttributeError, EOFError, OSError, TypeError, ValueError, pydicom.errors.InvalidDicomError):
-        raise UserError("RTSTRUCT: damaged or cut off; export or copy it again") from None
+        raise UserError("RTSTRUCT: damaged or cut off; export or copy it again", "CONTOURS_UNREADABLE") from None
     known = [roi.gap for roi in rois if roi.gap]
     usual = float(np.median(known)) if known else None
     return [replace(roi, gap=roi.gap or usual) for roi in rois]
@@ -94,8 +96,9 @@ def rasterise(roi: Roi, reference: sitk.Image, frame_uid: str = "") -> np.ndarra
     if not roi.contours:
         raise UserError(f"{what} has no closed contours; choose others by --lesion-roi")
     if frame_uid and roi.frame_uid and frame_uid != roi.frame_uid:
-        raise UserError(f"{what} is in another frame of reference than the image; give one drawn on this PET/CT")
-    contours = [_to_index(reference, points) for points in roi.contours]
+        raise UserError(f"{what} is in another frame of reference than the image; give one drawn on this PET/CT",
+                        "CONTOURS_OTHER_FRAME")  # fmt: skip
+    contours = [to_index(reference, points) for points in roi.contours]
     last = np.array(reference.GetSize()) - 0.5
     if not any(np.all((points.max(0) >= -0.5) & (points.min(0) <= last)) for points in contours):
         raise UserError(f"{what} lies wholly outside of the image; is it of another scan?")
@@ -137,9 +140,15 @@ def usual_gap(heights: np.ndarray) -> float | None:
     return float(np.median(gaps)) if gaps.size else None
 
 
+def to_index(image: sitk.Image, points: np.ndarray) -> np.ndarray:
+    """Continuous indices (N, 3) x, y, z of positions (N, 3) in mm."""
+    matrix = np.reshape(image.GetDirection(), (3, 3)) * image.GetSpacing()
+    return np.linalg.solve(matrix, (points - image.GetOrigin()).T).T
+
+
 def share_inside(roi: Roi, reference: sitk.Image) -> float:
     """The share (0 to 1) of the contours' points that lie in the image."""
-    points = _to_index(reference, np.concatenate(roi.contours))
+    points = to_index(reference, np.concatenate(roi.contours))
     return float(np.mean(np.all((points >= -0.5) & (points <= np.array(reference.GetSize()) - 0.5), axis=1)))
 
 
@@ -246,12 +255,6 @@ def _normal(contours: Sequence[np.ndarray]) -> np.ndarray:
     areas = [np.cross(points, np.roll(points, -1, 0)).sum(0) for points in (c - c.mean(0) for c in contours)]
     largest = max(areas, key=np.linalg.norm)
     return largest / max(np.linalg.norm(largest), 1e-12)
-
-
-def _to_index(image: sitk.Image, points: np.ndarray) -> np.ndarray:
-    """Continuous indices (N, 3) x, y, z of positions (N, 3) in mm."""
-    matrix = np.reshape(image.GetDirection(), (3, 3)) * image.GetSpacing()
-    return np.linalg.solve(matrix, (points - image.GetOrigin()).T).T
 
 
 def _planes(contours: list[np.ndarray], tolerance: float) -> list[tuple[float, list[np.ndarray]]]:

@@ -5,11 +5,14 @@ from __future__ import annotations
 import warnings
 from pathlib import Path
 
-import highdicom
 import numpy as np
+import pydicom
 import SimpleITK as sitk
+from pydicom.pixels import iter_pixels
 
 from nnunet_fratmae.base.command import UserError
+from nnUNet_raw_conversion.dicom.fields import field_name
+from nnUNet_raw_conversion.dicom.limits import check_file, check_pixels
 from nnUNet_raw_conversion.dicom.names import shown_name
 from nnUNet_raw_conversion.dicom.rtstruct import locate, usual_gap
 
@@ -17,33 +20,43 @@ SAME_PLACE_MM = 0.01
 
 
 class _Frames:
-    """Where the frames of a SEG lie, as one stack of parallel planes; frames may be few, and in any order."""
+    """Where the frames of a SEG lie, as one stack of parallel planes; frames may be few, and in any order.
 
-    def __init__(self, seg: highdicom.seg.Segmentation, reference: sitk.Image):
-        shared, own = seg.SharedFunctionalGroupsSequence[0], seg.PerFrameFunctionalGroupsSequence
+    What the image that it was drawn on says as well (direction and size of the pixels) may be missing, where the frames
+    have as many pixels as `reference` has.
+    """
 
-        def group(frame: int, keyword: str):  # each stands once for all frames or in every frame (PS3.3 C.7.6.16)
-            return (own[frame] if keyword in own[frame] else shared)[keyword].value[0]
-
+    def __init__(self, seg: pydicom.Dataset, reference: sitk.Image):
+        own = _needed(seg, "PerFrameFunctionalGroupsSequence")
         count = len(own)
-        axes = np.array([group(i, "PlaneOrientationSequence").ImageOrientationPatient for i in range(count)], float)
-        sizes = np.array([group(i, "PixelMeasuresSequence").PixelSpacing for i in range(count)], float)
-        places = np.array([group(i, "PlanePositionSequence").ImagePositionPatient for i in range(count)], float)
+        alike = (seg.get("Columns"), seg.get("Rows")) == reference.GetSize()[:2]
+        direction = np.reshape(reference.GetDirection(), (3, 3))
+
+        def numbers(sequence: str, keyword: str, instead: np.ndarray | None) -> np.ndarray:
+            found = [_macro(seg, i, sequence, keyword) for i in range(count)]
+            if None not in found:
+                return np.array(found, float)
+            if instead is None or not alike:
+                raise _missing(keyword)
+            return np.tile(instead, (count, 1))
+
+        axes = numbers("PlaneOrientationSequence", "ImageOrientationPatient", direction.T[:2].ravel())
+        sizes = numbers("PixelMeasuresSequence", "PixelSpacing", np.array(reference.GetSpacing()[1::-1]))
+        places = numbers("PlanePositionSequence", "ImagePositionPatient", None)
         across, down = axes[0, :3], axes[0, 3:]
         self.axes = np.stack([across, down, np.cross(across, down)])  # rows: the directions of x, y and z
         local = places @ self.axes.T
         if np.ptp(axes, 0).max() > 1e-4 or np.ptp(sizes, 0).max() > 1e-4 or np.ptp(local[:, :2], 0).max() > 0.1:
             raise UserError("DICOM SEG: its frames are no stack of parallel slices (tiles of microscopy, or a tilted "
-                            "gantry); export it anew on the PET's slices")  # fmt: skip
+                            "gantry); export it anew on the PET's slices", "SEG_NO_STACK")  # fmt: skip
         self.corner, (self.row_mm, self.column_mm) = local[0, :2], sizes[0]
         heights = local[:, 2]
         first = np.r_[True, np.diff(np.sort(heights)) > SAME_PLACE_MM]
         self.heights = np.sort(heights)[first]
         self.plane_of_frame = np.searchsorted(self.heights, heights + SAME_PLACE_MM, side="right") - 1
-        measures = group(0, "PixelMeasuresSequence")
         self.gap = float(
-            measures.get("SpacingBetweenSlices") or usual_gap(self.heights) or measures.get("SliceThickness")
-            or reference.GetSpacing()[2]
+            _macro(seg, 0, "PixelMeasuresSequence", "SpacingBetweenSlices") or usual_gap(self.heights)
+            or _macro(seg, 0, "PixelMeasuresSequence", "SliceThickness") or reference.GetSpacing()[2]
         )  # fmt: skip
 
 
@@ -54,46 +67,79 @@ def read_segments(file: Path, reference: sitk.Image, frame_uid: str = "") -> lis
     segment. A voxel takes the value that the SEG has at its centre; so a SEG on the image's own grid is copied, in
     whatever order its frames are, and one on another grid (drawn on the CT) is sampled. Slices without a frame are
     empty. A segment without any pixel gives an empty mask. `frame_uid` is the frame of reference of `reference`; it is
-    compared where both are known.
+    compared where both are known. Only what is needed for that is asked of the file: highdicom, whose objects are
+    stricter, refuses public data for lack of a SliceThickness.
 
     Raises:
-        UserError: the file is damaged or no SEG, of another frame of reference, its frames are no stack of slices, or
-            a segment lies wholly outside of the image.
+        UserError: the file is damaged or no SEG, lacks an attribute, is of another frame of reference, its frames are
+            no stack of slices, or a segment lies wholly outside of the image.
     """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # they may quote what is in the file
-            seg = highdicom.seg.segread(file)
+            check_file(file)
+            seg = pydicom.dcmread(file)
+            if seg.get("Modality") != "SEG":
+                raise ValueError
             own_frame = str(seg.get("FrameOfReferenceUID") or "")
             if frame_uid and own_frame and frame_uid != own_frame:
                 raise UserError("DICOM SEG: is in another frame of reference than the image; give one drawn on "
-                                "this PET/CT")  # fmt: skip
+                                "this PET/CT", "CONTOURS_OTHER_FRAME")  # fmt: skip
+            check_pixels(seg, "DICOM SEG")
             frames = _Frames(seg, reference)
-            numbers = list(seg.segment_numbers)
-            labels = [str(seg.get_segment_description(number).SegmentLabel) for number in numbers]
-            stacks = _stacks(seg, frames, numbers)
-    except UserError:
+            labels = {int(one.SegmentNumber): str(one.get("SegmentLabel") or "")
+                      for one in _needed(seg, "SegmentSequence")}  # fmt: skip
+            labels.pop(int(seg.get("PixelPaddingValue") or 0), None)  # the background of a LABELMAP
+            stacks = _stacks(seg, frames, list(labels))
+    except (UserError, MemoryError):
         raise
-    except Exception:  # a damaged file makes highdicom and pydicom raise nearly anything
-        raise UserError("DICOM SEG: damaged, cut off or no SEG; export or copy it again") from None
-    return [(label, _sample(stack, frames, reference, label)) for label, stack in zip(labels, stacks, strict=True)]
+    except Exception:  # a damaged file makes pydicom raise nearly anything
+        raise UserError("DICOM SEG: damaged, cut off or no SEG; export or copy it again",
+                        "CONTOURS_UNREADABLE") from None  # fmt: skip
+    return [(label, _sample(stacks[number], frames, reference, label)) for number, label in labels.items()]
 
 
-def _stacks(seg: highdicom.seg.Segmentation, frames: _Frames, numbers: list[int]) -> list[dict[int, np.ndarray]]:
+def _stacks(seg: pydicom.Dataset, frames: _Frames, numbers: list[int]) -> dict[int, dict[int, np.ndarray]]:
     """For every segment the pixels (rows, columns), bool, of the planes that have any."""
     stacks: dict[int, dict[int, np.ndarray]] = {number: {} for number in numbers}
-    least = 0.5 * seg.MaximumFractionalValue if seg.SegmentationType == "FRACTIONAL" else 1
-    for i, group in enumerate(seg.PerFrameFunctionalGroupsSequence):
-        stored, plane = seg.get_stored_frame(i + 1), frames.plane_of_frame[i]
-        if seg.SegmentationType == "LABELMAP":
+    kind = str(seg.get("SegmentationType") or ("BINARY" if _needed(seg, "BitsAllocated") == 1 else ""))
+    if not kind:
+        raise _missing("SegmentationType")
+    least = 0.5 * _needed(seg, "MaximumFractionalValue") if kind == "FRACTIONAL" else 1
+    count = len(seg.PerFrameFunctionalGroupsSequence)
+    for i, stored in zip(range(count), iter_pixels(seg), strict=True):
+        plane = frames.plane_of_frame[i]
+        if kind == "LABELMAP":
             found = {number: stored == number for number in numbers}
         else:
-            item = group if "SegmentIdentificationSequence" in group else seg.SharedFunctionalGroupsSequence[0]
-            found = {item.SegmentIdentificationSequence[0].ReferencedSegmentNumber: stored >= least}
+            number = _macro(seg, i, "SegmentIdentificationSequence", "ReferencedSegmentNumber")
+            if number is None and len(numbers) > 1:
+                raise _missing("ReferencedSegmentNumber")
+            found = {numbers[0] if number is None else int(number): stored >= least}
         for number, pixels in found.items():
             if pixels.any():
                 stacks[number][plane] = stacks[number].get(plane, False) | pixels
-    return [stacks[number] for number in numbers]
+    return stacks
+
+
+def _macro(seg: pydicom.Dataset, frame: int, sequence: str, keyword: str) -> object:
+    """An attribute of a frame, which stands in the frame's own group, in that of all frames (PS3.3 C.7.6.16), or, where
+    a program left the groups out, in the header itself; None if it is missing."""
+    groups = (seg.PerFrameFunctionalGroupsSequence[frame], *(seg.get("SharedFunctionalGroupsSequence") or ())[:1])
+    items = [group[sequence].value[0] for group in groups if group.get(sequence)]
+    found = (item.get(keyword) for item in (*items, seg))
+    return next((value for value in found if value not in (None, "")), None)
+
+
+def _needed(seg: pydicom.Dataset, keyword: str) -> object:
+    if seg.get(keyword) is None:
+        raise _missing(keyword)
+    return seg[keyword].value
+
+
+def _missing(keyword: str) -> UserError:
+    return UserError(f"DICOM SEG: {field_name(keyword)} is missing, without which its voxels have no place or no "
+                     "meaning; export it anew by another program", "SEG_ATTRIBUTE_MISSING")  # fmt: skip
 
 
 def _sample(stack: dict[int, np.ndarray], frames: _Frames, reference: sitk.Image, label: str) -> np.ndarray:

@@ -2,39 +2,28 @@
 
 from __future__ import annotations
 
-import warnings
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import pydicom
 import SimpleITK as sitk
-from pydicom.pixels import pixel_array
 
 from nnunet_fratmae.base.command import UserError
-from nnUNet_raw_conversion.dicom.fields import field_name, text_of
+from nnUNet_raw_conversion.dicom.fields import text_of
 from nnUNet_raw_conversion.dicom.index import Series
+from nnUNet_raw_conversion.dicom.limits import MOST_VOXELS
+from nnUNet_raw_conversion.dicom.voxels import EMPTY, Slice, numbers_of, read_frames, rescaled
 
 # Headers round positions to 0.1 mm at worst. 0.1 mm is 1/20 of the thinnest slices that whole-body scans have.
 EVEN_MM = 0.1
 COSINE_TOLERANCE = 1e-3
-VOXELS = ("PixelData", "FloatPixelData", "DoubleFloatPixelData")
-FRAME_GROUPS = ("SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence")
+SLAB = 32
+"""Slices that are made voxels of an image at a time."""
 # What tells the frames of a dynamic or gated series at one position from each other.
 FRAME_TIMES = ("AcquisitionDate", "AcquisitionTime", "AcquisitionDateTime", "FrameReferenceTime", "TriggerTime",
                "FrameReferenceDateTime", "FrameAcquisitionDateTime", "TemporalPositionIndex", "AcquisitionNumber",
                "TemporalPositionIdentifier", "NominalPercentageOfCardiacPhase")  # fmt: skip
-
-
-@dataclass
-class Slice:
-    """One slice (one frame) as it was stored."""
-
-    header: pydicom.Dataset
-    stored: np.ndarray
-    """(rows, columns) without slope and intercept."""
 
 
 @dataclass
@@ -53,9 +42,7 @@ class Volume:
 
     def image(self) -> sitk.Image:
         image = sitk.GetImageFromArray(self.values)
-        image.SetSpacing(self.spacing)
-        image.SetOrigin(self.origin)
-        image.SetDirection(self.direction.ravel().tolist())
+        _place(image, self)
         return image
 
 
@@ -77,108 +64,78 @@ def read_volume(series: Series) -> tuple[sitk.Image, list[pydicom.Dataset], list
             missing, uneven, of several sizes or directions; the gantry was tilted; several frames (dynamic, gated) or
             contradicting copies of one slice.
     """
-    volume = read_slices(series)
-    return volume.image(), volume.headers, volume.notes
+    stack = _stack(series)
+    slices, what = stack.slices, stack.what
+    rows, columns = slices[0].stored.shape
+    image = sitk.Image([columns, rows, len(slices)], sitk.sitkFloat32)
+    lowest = EMPTY["CT"] if series.modality == "CT" else -np.inf
+    low = False
+    for first in range(0, len(slices), SLAB):
+        slab = np.stack([rescaled(one, what) for one in slices[first : first + SLAB]])
+        low |= bool(slab.min() < lowest)
+        image[:, :, first : first + SLAB] = sitk.GetImageFromArray(np.maximum(slab, lowest, dtype=np.float32))
+        slices[first : first + SLAB] = [None] * len(slab)  # one copy of the voxels is enough
+    _place(image, stack)
+    return image, stack.headers, stack.notes + [f"CT padding below {lowest:g} HU raised to {lowest:g}"] * low
 
 
 def read_slices(series: Series) -> Volume:
     """As `read_volume`, with the voxels still as an array."""
+    stack = _stack(series)
+    values = np.empty((len(stack.slices), *stack.slices[0].stored.shape), dtype=np.float32)
+    for k in range(len(values)):
+        values[k] = rescaled(stack.slices[k], stack.what)
+        stack.slices[k] = None
+    return Volume(values, stack.spacing, stack.origin, stack.direction, stack.headers, stack.notes)
+
+
+@dataclass
+class _Stack:
+    """The slices of a series in their order, and where they lie."""
+
+    slices: list[Slice | None]
+    headers: list[pydicom.Dataset]
+    spacing: tuple[float, float, float]
+    origin: tuple[float, float, float]
+    direction: np.ndarray
+    notes: list[str]
+    what: str
+
+
+def _stack(series: Series) -> _Stack:
     what = f"{series.modality} series '{series.description}'"
     notes: list[str] = []
-    slices = _images_only([one for file in series.files for one in _frames(file, what)], what, notes)
+    slices = _images_only(_all_frames(series, what), what, notes)
     direction = _direction(slices, what)
-    positions = np.array([_numbers(one.header, "ImagePositionPatient", 3, what) for one in slices])
+    positions = np.array([numbers_of(one.header, "ImagePositionPatient", 3, what) for one in slices])
     order = np.argsort(positions @ direction[:, 2], kind="stable")
     slices, positions = [slices[i] for i in order], positions[order]
     slices, positions = _without_copies(slices, positions, direction[:, 2], what, notes)
     step = _slice_spacing(positions, direction, what)
-    row_spacing, column_spacing = _numbers(slices[0].header, "PixelSpacing", 2, what)
+    row_spacing, column_spacing = numbers_of(slices[0].header, "PixelSpacing", 2, what)
     _check_count(slices, notes)
+    origin = tuple(map(float, positions[0]))
     headers = [one.header for one in slices]
-    values = np.empty((len(slices), *slices[0].stored.shape), dtype=np.float32)
-    for k, header in enumerate(headers):
-        values[k] = _rescaled(slices[k], what)
-        slices[k] = Slice(header, None)  # one copy of the voxels is enough
-    return Volume(values, (column_spacing, row_spacing, step), tuple(map(float, positions[0])), direction, headers,
-                  notes)  # fmt: skip
+    return _Stack(slices, headers, (column_spacing, row_spacing, step), origin, direction, notes, what)
 
 
-def _frames(file: Path, what: str) -> Iterator[Slice]:
-    """The slices of one file; `what` begins the message of an error."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            dataset = pydicom.dcmread(file, force=True)
-    except Exception:
-        raise UserError(f"{what}: a file cannot be read; copy the series again") from None
-    if not any(keyword in dataset for keyword in VOXELS):
-        raise UserError(f"{what}: a file has no voxels, it ends too early; copy the series again")
-    stored = _stored(dataset, what)
-    for keyword in VOXELS:
-        dataset.pop(keyword, None)
-    if stored.ndim == 2:
-        yield Slice(dataset, stored)
-    elif len(dataset.get(FRAME_GROUPS[1], [])) != len(stored):
-        raise UserError(f"{what}: is multi-frame without the positions of its frames; export it slice by slice")
-    else:
-        yield from (Slice(header, frame) for header, frame in zip(_unfolded(dataset), stored, strict=True))
+def _place(image: sitk.Image, where: Volume | _Stack) -> None:
+    image.SetSpacing(where.spacing)
+    image.SetOrigin(where.origin)
+    image.SetDirection(where.direction.ravel().tolist())
 
 
-def _stored(dataset: pydicom.Dataset, what: str) -> np.ndarray:
-    """Voxels (rows, columns) or (frames, rows, columns) as stored."""
-    if dataset.get("SamplesPerPixel", 1) != 1:
-        raise UserError(f"{what}: is a picture in colours, not {dataset.get('Modality')} voxels; take another series")
-    if "TransferSyntaxUID" not in dataset.file_meta:  # file without preamble
-        dataset.file_meta.TransferSyntaxUID = pydicom.uid.ImplicitVRLittleEndian
-    syntax = dataset.file_meta.TransferSyntaxUID
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            stored = pixel_array(dataset)  # Dataset.pixel_array would keep a second copy
-    except Exception:
-        how = f"is {syntax.name} and cannot be decoded" if syntax.is_compressed else "ends too early or is damaged"
-        hint = "`pip install python-gdcm`, or copy it again" if syntax.is_compressed else "copy it again"
-        raise UserError(f"{what}: a file {how}; {hint}") from None
-    frames = int(dataset.get("NumberOfFrames") or 1)
-    stored = stored.reshape(frames, *stored.shape[-2:]) if frames > 1 or FRAME_GROUPS[1] in dataset else stored
-    unused = 0 if stored.dtype.kind == "f" else dataset.BitsAllocated - dataset.BitsStored
-    return stored << unused >> unused if unused else stored  # old CTs keep overlays in the bits above the value
-
-
-def _unfolded(dataset: pydicom.Dataset) -> Iterator[pydicom.Dataset]:
-    """A header for each frame, as if it were a file of its own: the functional groups' contents at the top level."""
-    common = pydicom.Dataset()
-    common.update({e.tag: e for e in dataset if e.keyword not in (*FRAME_GROUPS, "NumberOfFrames")})
-    for own in dataset.PerFrameFunctionalGroupsSequence:
-        header = pydicom.Dataset()
-        header.update(common)
-        for group in (*dataset.get(FRAME_GROUPS[0], []), own):
-            for macro in group:
-                if macro.keyword == "RealWorldValueMappingSequence":
-                    header[macro.tag] = macro
-                elif macro.VR == "SQ" and macro.value:
-                    header.update(macro.value[0])
-        _take_real_world_units(header)
-        yield header
-
-
-def _take_real_world_units(header: pydicom.Dataset) -> None:
-    """Write Units and slope of an enhanced PET as an ordinary PET has them.
-
-    It says its unit by a UCUM code of the Real World Value Mapping (PS3.3 C.7.6.16.2.11), Bq/ml before SUV.
-    """
-    if header.get("Modality") != "PT" or header.get("Units"):
-        return
-    mappings = {}
-    for mapping in header.get("RealWorldValueMappingSequence") or []:
-        for unit in mapping.get("MeasurementUnitsCodeSequence", []) if "RealWorldValueSlope" in mapping else []:
-            mappings[str(unit.get("CodeValue")).strip()] = mapping
-    for code, units in (("Bq/ml", "BQML"), ("{SUVbw}g/ml", "GML"), ("g/ml{SUVbw}", "GML"), ("{counts}", "CNTS")):
-        if code in mappings:
-            header.Units = units
-            header.RescaleSlope = float(mappings[code].RealWorldValueSlope)
-            header.RescaleIntercept = float(mappings[code].get("RealWorldValueIntercept") or 0)
-            return
+def _all_frames(series: Series, what: str) -> list[Slice]:
+    slices: list[Slice] = []
+    voxels = 0
+    for file in series.files:
+        for one in read_frames(file, what):
+            voxels += one.stored.size
+            if voxels > MOST_VOXELS:
+                raise UserError(f"{what}: has more than {MOST_VOXELS:.0e} voxels, which no scan has; export it again",
+                                "DICOM_TOO_LARGE")  # fmt: skip
+            slices.append(one)
+    return slices
 
 
 def _images_only(slices: list[Slice], what: str, notes: list[str]) -> list[Slice]:
@@ -186,26 +143,28 @@ def _images_only(slices: list[Slice], what: str, notes: list[str]) -> list[Slice
             and "Secondary Capture" not in pydicom.uid.UID(one.header.get("SOPClassUID", "")).name]  # fmt: skip
     if len(kept) < 2:
         kind = "has only one slice" if kept else "is a localizer or a screenshot"
-        raise UserError(f"{what}: {kind}; take the series of axial slices")
+        raise UserError(f"{what}: {kind}; take the series of axial slices", "NO_VOLUME")
     if len(kept) < len(slices):
         notes.append(f"{len(slices) - len(kept)} localizers or screenshots in the {what} left out")
     sizes = Counter(one.stored.shape for one in kept)
     if len(sizes) > 1:
         shown = " and ".join(f"{n} of {columns}x{rows}" for (rows, columns), n in sizes.most_common(2))
-        raise UserError(f"{what}: has slices of several sizes ({shown}); export each stack as a series of its own")
+        raise UserError(f"{what}: has slices of several sizes ({shown}); export each stack as a series of its own",
+                        "SLICES_DIFFER")  # fmt: skip
     return kept
 
 
 def _direction(slices: list[Slice], what: str) -> np.ndarray:
     """Unit axes (3, 3) of the slices, as columns."""
-    cosines = np.array([_numbers(one.header, "ImageOrientationPatient", 6, what) for one in slices])
+    cosines = np.array([numbers_of(one.header, "ImageOrientationPatient", 6, what) for one in slices])
     if np.abs(cosines - cosines[0]).max() > COSINE_TOLERANCE:
-        raise UserError(f"{what}: its slices lie in several directions; export each stack as a series of its own")
+        raise UserError(f"{what}: its slices lie in several directions; export each stack as a series of its own",
+                        "SLICES_DIFFER")  # fmt: skip
     row, column = cosines.mean(axis=0).reshape(2, 3)
     lengths = np.array([row @ row, column @ column, row @ column + 1])
     if np.abs(lengths - 1).max() > COSINE_TOLERANCE:
         raise UserError(f"{what}: ImageOrientationPatient (0020,0037) is not a pair of perpendicular unit vectors; "
-                        "export the series again")  # fmt: skip
+                        "export the series again", "SLICES_DIFFER")  # fmt: skip
     row = row / np.linalg.norm(row)
     column = column - (column @ row) * row  # digits lost by rounding; ITK wants exactly perpendicular axes
     column /= np.linalg.norm(column)
@@ -222,16 +181,17 @@ def _without_copies(
             kept.append(i)
             continue
         one, other = slices[kept[-1]], slices[i]
-        if np.array_equal(_rescaled(one, what), _rescaled(other, what)):
+        if np.array_equal(rescaled(one, what), rescaled(other, what)):
             continue
         if any(text_of(one.header, keyword) != text_of(other.header, keyword) for keyword in FRAME_TIMES):
             raise UserError(f"{what}: has several frames at one position (dynamic or gated); take a static series, "
-                            "or export one frame")  # fmt: skip
-        raise UserError(f"{what}: has two different slices at one position; export the series again")
+                            "or export one frame", "SERIES_DYNAMIC")  # fmt: skip
+        raise UserError(f"{what}: has two different slices at one position; export the series again",
+                        "SLICES_CONTRADICT")  # fmt: skip
     if len(kept) < len(slices):
         notes.append(f"{len(slices) - len(kept)} slices that are twice in the {what} counted once")
     if len(kept) < 2:
-        raise UserError(f"{what}: has only one slice; take the series of axial slices")
+        raise UserError(f"{what}: has only one slice; take the series of axial slices", "NO_VOLUME")
     return [slices[i] for i in kept], positions[kept]
 
 
@@ -246,16 +206,16 @@ def _slice_spacing(positions: np.ndarray, direction: np.ndarray, what: str) -> f
     if drift > EVEN_MM:
         angle = np.degrees(np.arctan2(np.linalg.norm(offsets[-1, :2]), offsets[-1, 2]))
         raise UserError(f"{what}: its slices are shifted against each other by up to {drift:.1f} mm (gantry tilt of "
-                        f"{angle:.1f} degrees?); take an untilted series or resample it")  # fmt: skip
+                        f"{angle:.1f} degrees?); take an untilted series or resample it", "GANTRY_TILT")  # fmt: skip
     steps = np.diff(offsets[:, 2])
     usual = float(np.median(steps))
     if steps.max() > 1.5 * usual:
         raise UserError(f"{what}: slices are missing, there is a gap of {steps.max():.2f} mm between slices every "
-                        f"{usual:.2f} mm; copy or export the whole series again")  # fmt: skip
+                        f"{usual:.2f} mm; copy or export the whole series again", "SLICES_MISSING")  # fmt: skip
     even = np.linspace(0, offsets[-1, 2], len(offsets))
     if np.abs(offsets[:, 2] - even).max() > EVEN_MM:
         raise UserError(f"{what}: its slices are uneven, {steps.min():.2f} to {steps.max():.2f} mm apart; "
-                        "reconstruct it with one slice distance")  # fmt: skip
+                        "reconstruct it with one slice distance", "SLICES_UNEVEN")  # fmt: skip
     return float(offsets[-1, 2] / (len(offsets) - 1))
 
 
@@ -264,27 +224,3 @@ def _check_count(slices: list[Slice], notes: list[str]) -> None:
     expected = slices[0].header.get("NumberOfSlices")
     if isinstance(expected, int) and expected > len(slices):
         notes.append(f"PET has {len(slices)} slices, but says it has {expected} (0054,0081); is it complete?")
-
-
-def _rescaled(one: Slice, what: str) -> np.ndarray:
-    """Voxels in the unit of the modality (PS3.3 C.11.1: stored x RescaleSlope + RescaleIntercept)."""
-    if "ModalityLUTSequence" in one.header:
-        raise UserError(f"{what}: has a ModalityLUTSequence (0028,3000) in place of a slope; export it with "
-                        "RescaleSlope (0028,1053)")  # fmt: skip
-    slope = _numbers(one.header, "RescaleSlope", 1, what)[0]
-    intercept = _numbers(one.header, "RescaleIntercept", 1, what)[0] if one.header.get("RescaleIntercept") else 0
-    if slope == 0:
-        raise UserError(f"{what}: RescaleSlope (0028,1053) is 0; export it again")
-    return (one.stored * slope + intercept).astype(np.float32)
-
-
-def _numbers(header: pydicom.Dataset, keyword: str, count: int, what: str) -> list[float]:
-    """The `count` finite numbers of a field."""
-    try:
-        value = header.get(keyword)
-        numbers = [float(v) for v in (value if count > 1 else [value])]
-    except (TypeError, ValueError):
-        numbers = []
-    if len(numbers) != count or not np.isfinite(numbers).all():
-        raise UserError(f"{what}: {field_name(keyword)} is missing or not a number in some slices; export it again")
-    return numbers

@@ -88,7 +88,8 @@ class FratMAEStaging(nn.Module):
     ) -> None:
         super().__init__()
         if deep_supervision:
-            raise ValueError("staging has no deep supervision; train it with FratMAEStagingTrainer")
+            raise SystemExit("FratMAE: error: the network of these plans classifies whole bodies; train it with "
+                             "-tr FratMAEStagingTrainer")  # fmt: skip
         self.classes = list(classes)
         self.layers = tap_layers(depth)
         self.encoders = dual_encoders(patch_size, token_patch, embed_dim, depth, num_heads, modalities)

@@ -14,6 +14,7 @@ import torch
 from dynamic_network_architectures.building_blocks.residual import BasicBlockD
 from torch import Tensor, nn
 
+from nnunet_fratmae.networks.front_door import FrontDoor
 from nnunet_fratmae.networks.vit import dual_encoders
 from plans.strides import LEVELS, decoder_strides
 from plans.units import MODALITIES
@@ -114,7 +115,7 @@ class FratMAEUNETR(nn.Module):
         strides: of the decoder's steps from the tokens to the voxels, deepest first (plans/strides.py); None: those
             of isotropic voxels.
         clip: lowest and highest value of CT and of PET in pretraining units, None for one that the plans clip already.
-        deep_supervision: nnU-Net passes it; UNETR has one output, so it must be off.
+        deep_supervision: nnU-Net passes it; UNETR has one output, so it must be off (SystemExit with one line).
     """
 
     def __init__(
@@ -143,7 +144,10 @@ class FratMAEUNETR(nn.Module):
         if not channels or len(set(channels)) < len(channels) or not set(channels) <= set(range(input_channels)):
             raise ValueError(f"modalities {list(modalities)} do not name one or two of {input_channels} input channels")
         if deep_supervision:
-            raise ValueError("UNETR has no deep supervision; train it with FratMAETrainer")
+            # SystemExit: only nnU-Net's own trainers ask for it, and this is our first place to meet them
+            raise SystemExit(f"FratMAE: error: the network of these plans ({type(self).__name__}) is trained by "
+                             "-tr FratMAETrainer, classes of whole bodies by -tr FratMAEStagingTrainer; nnU-Net's own "
+                             "trainers take their own plans (-p nnUNetPlans)")  # fmt: skip
         self.input_channels, self.channels, self.axes = input_channels, channels, list(axes)
         self.tap_layers = tap_layers(depth)
         self.register_buffer("scale", torch.tensor(scale)[used].view(1, -1, 1, 1, 1), persistent=False)
@@ -152,6 +156,7 @@ class FratMAEUNETR(nn.Module):
         self.register_buffer("lowest", bounds[..., 0], persistent=False)
         self.register_buffer("highest", bounds[..., 1], persistent=False)
         names = [MODALITIES[i] for i in used]
+        self.front_door = FrontDoor(names)
         self.encoders = dual_encoders(patch_size, token_patch, embed_dim, depth, num_heads, names)
         # Stock `nnUNetv2_train -pretrained_weights` skips keys with ".seg_layers." and wants all others in the file.
         # All that is not pretrained lives under that name, so an export with the encoders alone is enough for it.
@@ -168,6 +173,8 @@ class FratMAEUNETR(nn.Module):
                              f"{self.input_channels}; give every case all its files (_0000, _0001), or fill in the "
                              "missing ones with fratmae_fill_missing")  # fmt: skip
         image = x[:, self.channels].permute(0, 1, *(axis + 2 for axis in self.axes)) * self.scale + self.shift
+        if not (self.training or torch.compiler.is_compiling() or torch.jit.is_tracing()):
+            self.front_door.look(image)
         image = image.clamp(self.lowest, self.highest)
         volumes = zip(self.encoders.values(), image.split(1, dim=1), strict=True)
         of_encoders = [encoder.feature_maps(volume, self.tap_layers) for encoder, volume in volumes]
