@@ -73,13 +73,15 @@ setup(
         "matplotlib",
         "nibabel",
         "pydicom>=3",
-        "highdicom>=0.25",
+        "regex",
         "openpyxl",
     ],
     extras_require={
-        "compressed": ["python-gdcm"],  # JPEG and JPEG 2000 inside DICOM
+        # JPEG and JPEG 2000 inside DICOM; the others for high-throughput JPEG 2000
+        "compressed": ["python-gdcm", "pylibjpeg>=2", "pylibjpeg-openjpeg>=2"],
         "huggingface": ["transformers>=4.57"],  # text towers other than CLIP's
-        "test": ["pytest", "pytest-xdist", "hypothesis", "ruff", "setuptools", "wheel", "python-gdcm", *TEXT_TOWER],
+        "test": ["pytest", "pytest-xdist", "hypothesis", "ruff", "setuptools", "wheel", "python-gdcm",
+                 "highdicom>=0.25", *TEXT_TOWER],
         "bench": TEXT_TOWER,
     },
     entry_points={

@@ -74,7 +74,7 @@ def choose_pet(series: Sequence[Series]) -> tuple[Series, str]:
              for one in others if one not in joined]  # fmt: skip
     corrected = "ATTN" in _values(best.header, "CorrectedImage") or best.header.get("AttenuationCorrectionMethod")
     said = "" if corrected else "; the header does not say whether it is attenuation-corrected"
-    return replace(whole, remarks=(*_joined(best, joined), *apart)), _said(best, said, left)
+    return replace(whole, remarks=(*best.remarks, *_joined(best, joined), *apart)), _said(best, said, left)
 
 
 def usable_cts(
