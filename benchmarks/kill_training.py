@@ -31,7 +31,8 @@ from nnunet_fratmae.trainer import FratMAETrainer
 
 SETTINGS = (
     "token_patch=[8,16,16] finetune.patch=[16,32,48] finetune.batch_size=2 finetune.epochs=2000 finetune.iterations=1 "
-    "finetune.val_iterations=1 wholebody.grid=[32,48,64] staging.epochs=2000 staging.patience=null staging.workers=0"
+    "finetune.val_iterations=1 wholebody.grid=[32,48,64] staging.epochs=2000 staging.patience=null staging.workers=0 "
+    "staging.target=tracer"
 )
 TRAININGS = {"segmentation": ("3d_fullres", FratMAETrainer), "staging": ("wholebody", FratMAEStagingTrainer)}
 AIMED, SAVING = 0.8, 0.06  # share of the kills that wait for a checkpoint to be written; seconds that it takes

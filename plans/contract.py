@@ -11,7 +11,7 @@ from typing import Any
 
 from nnunet_fratmae.base.command import UserError
 from nnunet_fratmae.base.jsons import read_object
-from plans.settings import METHODS, PRESETS, STACKS, TOKEN_SIDES
+from plans.settings import METHODS, MOST_TOKENS, MOST_VOXELS, PRESETS, STACKS, TOKEN_SIDES
 from plans.units import MODALITIES, units_contract
 
 WEIGHTS_NAME, CONTRACT_NAME = "encoders.safetensors", "encoders.json"
@@ -20,8 +20,6 @@ AXES = "H W D = to anterior, to the right, to the head"  # as nnU-Net's SimpleIT
 
 # Far beyond any real artefact; a file that says more would take the memory
 MOST_BYTES = 2**20
-MOST_VOXELS = 2**28  # of a grid; a total body of 400 x 400 x 1000 has 1.6e8
-MOST_TOKENS = 2**17  # of a patch; the paper's has 480
 MOST_TEXT = 1000  # letters of a name or a licence
 
 

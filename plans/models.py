@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from nnunet_fratmae.base.command import UserError
 from nnunet_fratmae.base.jsons import read_object
-from plans.contract import MOST_TOKENS
 from plans.extension import JOINT_NETWORK
 from plans.extension import NETWORK as SEGMENTATION_NETWORK
-from plans.settings import PRESETS, TOKEN_SIDES, Settings
-from plans.staging import MOST_CLASSES
+from plans.reader import check_network
+from plans.settings import Settings
 from plans.staging import NETWORK as STAGING_NETWORK
-from plans.strides import LEVELS
-from plans.units import MODALITIES
 
-MOST_FEATURES = 512  # of a decoder at full resolution; the presets have at most 32
+KNOWN = (SEGMENTATION_NETWORK, JOINT_NETWORK, STAGING_NETWORK)
+"""The networks that plans may name."""
 
 
 def read_model_files(folder: Path, kind: str) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -86,84 +82,4 @@ def check_architecture(architecture: object, where: str) -> None:
         raise UserError(f"{where}: _kw_requires_import must be empty, FratMAE's networks import nothing")
     if not isinstance(kwargs, dict):
         raise UserError(f"{where}: has no arch_kwargs")
-    _check_arguments(kwargs, KNOWN[name], where)
-    tokens = [math.prod(_sides(size)) / math.prod(kwargs["token_patch"])
-              for size in (kwargs["patch_size"], kwargs.get("stages", kwargs).get("patch_size"))]  # fmt: skip
-    if max(tokens) > MOST_TOKENS:
-        raise UserError(f"{where}: a patch has more than {MOST_TOKENS} tokens")
-    encoder = {key: kwargs[key] for key in ("embed_dim", "depth", "num_heads")}
-    if encoder not in [preset.encoder for preset in PRESETS.values()]:
-        raise UserError(f"{where}: encoders of {encoder} are of no preset ({', '.join(PRESETS)})")
-
-
-def _check_arguments(kwargs: dict[str, Any], known: dict[str, tuple[Callable[[Any], bool], bool]], where: str) -> None:
-    if unknown := sorted(set(map(str, kwargs)) - known.keys()):
-        raise UserError(f"{where}: the network takes no {', '.join(unknown)[:80]}")
-    for name, (is_right, is_needed) in known.items():
-        if name not in kwargs and not is_needed:
-            continue
-        try:
-            right = name in kwargs and is_right(kwargs[name])
-        except (TypeError, ValueError, KeyError, AttributeError):
-            right = False
-        if not right:
-            raise UserError(f"{where}: {name} of the network is {str(kwargs.get(name, 'missing'))[:60]}, which is none "
-                            "of FratMAE's")  # fmt: skip
-
-
-def _sides(value: Any) -> list[int]:
-    if len(value) != 3 or not all(type(side) is int and 0 < side <= 2**16 for side in value):
-        raise ValueError(value)
-    return list(value)
-
-
-def _is_number(value: Any) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)
-
-
-def _are_numbers(value: Any) -> bool:
-    return len(value) == len(MODALITIES) and all(map(_is_number, value))
-
-
-def _are_classes(value: Any) -> bool:
-    return 2 <= len(value) <= MOST_CLASSES and all(isinstance(name, str) and len(name) <= 200 for name in value)
-
-
-def _is_dropout(value: Any) -> bool:
-    return _is_number(value) and 0 <= value < 1
-
-
-def _is_stages(value: Any) -> bool:
-    return bool(value.keys() == {"patch_size", "classes", "dropout"} and _sides(value["patch_size"])
-                and _are_classes(value["classes"]) and _is_dropout(value["dropout"]))  # fmt: skip
-
-
-def _are_channels(value: Any) -> bool:
-    numbers = [channel for channel in value if channel is not None]
-    return len(value) == len(MODALITIES) and bool(numbers) and all(type(n) is int and 0 <= n < 100 for n in numbers)
-
-
-_ENCODERS = {
-    "patch_size": (lambda value: bool(_sides(value)), True),
-    "token_patch": (lambda value: all(side in TOKEN_SIDES for side in _sides(value)), True),
-    **{name: (lambda value: type(value) is int, True) for name in ("embed_dim", "depth", "num_heads")},
-}
-_UNETR = _ENCODERS | {
-    "features": (lambda value: type(value) is int and 0 < value <= MOST_FEATURES, True),
-    "strides": (lambda value: len(value) == LEVELS and all(max(_sides(step)) <= 16 for step in value), False),
-    "modalities": (_are_channels, False),
-    "axes": (lambda value: sorted(value) == [0, 1, 2], False),
-    "scale": (_are_numbers, False),
-    "shift": (_are_numbers, False),
-    "clip": (lambda value: all(pair is None or _are_numbers(pair) for pair in value), False),
-}
-KNOWN = {
-    SEGMENTATION_NETWORK: _UNETR,
-    JOINT_NETWORK: _UNETR | {"stages": (_is_stages, True)},
-    STAGING_NETWORK: _ENCODERS | {
-        "classes": (_are_classes, True),
-        "dropout": (_is_dropout, False),
-        "modalities": (lambda value: bool(value) and set(value) <= set(MODALITIES), False),
-    },
-}  # fmt: skip
-"""The networks that plans may name; of each argument, whether a value is right, and whether it must be there."""
+    check_network(kwargs, "arch_kwargs", where)

@@ -210,10 +210,10 @@ def test_a_damaged_case_ends_a_training_with_its_name(tmp_path, capsys):
     whole, cut = case_file(tmp_path / "a.b2nd"), case_file(tmp_path / "b.b2nd")
     assert whole.is_file()
     cut.write_bytes(cut.read_bytes()[:5000])
-    with pytest.raises(SystemExit, match="Trainer: error: .*b.b2nd: cannot be read.*it is damaged") as error:
-        with one_line("Trainer", tmp_path, [tmp_path]):
-            raise RuntimeError("One or more background workers are no longer alive. Exiting. Please check the print "
-                               "statements above for the actual error message")
+    says = "Trainer: error: .*b.b2nd: cannot be read.*it is damaged"
+    with pytest.raises(SystemExit, match=says) as error, one_line("Trainer", tmp_path, [tmp_path]):
+        raise RuntimeError("One or more background workers are no longer alive. Exiting. Please check the print "
+                           "statements above for the actual error message")
     assert "\n" not in str(error.value) and "print statements" not in str(error.value)
     window = (slice(0, 8), slice(0, 24), slice(0, 40))
     with pytest.raises(UserError, match="b.b2nd: cannot be read"):
