@@ -56,7 +56,7 @@ setup(
     cmdclass={"build_py": BuildWithStartupFile},
     install_requires=[
         "nnunetv2>=2.8,<3",
-        "torch>=2.4",
+        "torch>=2.6",  # before it, weights_only could be made to run code (CVE-2025-32434)
         "dynamic-network-architectures>=0.4.4",
         "timm<1.0.23",
         "batchgenerators",

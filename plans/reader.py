@@ -231,7 +231,7 @@ def _check_configuration(config: dict[str, Any], field: str, where: str) -> None
         if network.startswith(OURS):
             imported = architecture.get("_kw_requires_import", [])
             require(imported == [], f"{where}: {field}.architecture._kw_requires_import={shown(imported)}: must be []")
-            _check_network(kwargs, f"{field}.architecture.arch_kwargs", where)
+            check_network(kwargs, f"{field}.architecture.arch_kwargs", where)
             for class_name, needed in CLASSIFIERS.items():
                 if network.endswith(class_name):
                     _need(kwargs, needed, where, f"{field}.architecture.arch_kwargs")
@@ -269,7 +269,7 @@ def _check_channels(
 # --------------------------------------------------------------------------------------------------------- our networks
 
 
-def _check_network(kwargs: dict[str, Any], field: str, where: str) -> None:
+def check_network(kwargs: dict[str, Any], field: str, where: str) -> None:
     """The keyword arguments of FratMAEUNETR, FratMAEJoint or FratMAEStaging (nnunet_fratmae/networks)."""
     patch, token = (_numbers(_need(kwargs, name, where, field), SIDE, where, f"{field}.{name}", whole=True, number=3)
                     for name in ("patch_size", "token_patch"))  # fmt: skip
