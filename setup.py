@@ -56,7 +56,7 @@ setup(
     cmdclass={"build_py": BuildWithStartupFile},
     install_requires=[
         "nnunetv2>=2.8,<3",
-        "torch>=2.4",
+        "torch>=2.6",  # before it, weights_only could be made to run code (CVE-2025-32434)
         "dynamic-network-architectures>=0.4.4",
         "timm<1.0.23",
         "batchgenerators",
@@ -73,13 +73,15 @@ setup(
         "matplotlib",
         "nibabel",
         "pydicom>=3",
-        "highdicom>=0.25",
+        "regex",
         "openpyxl",
     ],
     extras_require={
-        "compressed": ["python-gdcm"],  # JPEG and JPEG 2000 inside DICOM
+        # JPEG and JPEG 2000 inside DICOM; the others for high-throughput JPEG 2000
+        "compressed": ["python-gdcm", "pylibjpeg>=2", "pylibjpeg-openjpeg>=2"],
         "huggingface": ["transformers>=4.57"],  # text towers other than CLIP's
-        "test": ["pytest", "pytest-xdist", "hypothesis", "ruff", "setuptools", "wheel", "python-gdcm", *TEXT_TOWER],
+        "test": ["pytest", "pytest-xdist", "hypothesis", "ruff", "setuptools", "wheel", "python-gdcm",
+                 "highdicom>=0.25", *TEXT_TOWER],
         "bench": TEXT_TOWER,
     },
     entry_points={

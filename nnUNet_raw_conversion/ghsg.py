@@ -104,8 +104,9 @@ def _load_dicom(recipe: Recipe, secrets: frozenset[str]) -> Loaded:
         trusted = believed(recipe.contours, visit.pet.frame_uid, drawn_on)
         if trusted:
             notes.append("the contours name another frame of reference, but this very series, and lie on its slices")
-        lesions, rows = read_lesions(recipe.contours, image, visit.pet.frame_uid, recipe.lesion_roi, trusted,
-                                    secrets)  # fmt: skip
+        lesions, rows = read_lesions(
+            recipe.contours, image, visit.pet.frame_uid, recipe.lesion_roi, trusted, secrets
+        )
         rois = [asdict(row) for row in rows]
     elif "lesions" in visit.files:
         used["lesions"] = "a NIfTI file in the study's folder"

@@ -7,11 +7,12 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 from torch import nn
 
 from nnunet_fratmae.base.command import UserError
 from nnunet_fratmae.base.files import renamed
+from nnunet_fratmae.base.weights import check_finite, read_safetensors
 from nnunet_fratmae.networks.vit import dual_encoders
 from plans.contract import CONTRACT_NAME, WEIGHTS_NAME, Contract, expected_shapes, locate_artefact, read_contract
 
@@ -50,7 +51,8 @@ def check_artefact(pretrained: str | Path) -> Contract:
         with safe_open(path, framework="pt") as file:
             shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{path}: cannot be read ({error}); the file is damaged or cut off, copy it again") from error
+        reason = " ".join(str(error).split())[:120]
+        raise UserError(f"{path}: cannot be read ({reason}); the file is damaged or cut off, copy it again") from error
     for name, shape in expected_shapes(contract).items():
         if shapes.get(name) != shape:
             raise UserError(f"{path}: {name} is {shapes.get(name, 'missing')} where its contract says {shape}; "
@@ -65,15 +67,16 @@ def load_encoders(pretrained: str | Path, encoders: nn.ModuleDict) -> list[str]:
         Lines for the log: what was loaded.
 
     Raises:
-        UserError: as `check_artefact`, or weights that are missing, left over or of another shape.
+        UserError: as `check_artefact`, or weights that are missing, left over, of another shape or not finite.
     """
     contract = check_artefact(pretrained)
     path, _ = locate_artefact(pretrained)
     left_out = [modality for modality in contract.modalities if modality not in encoders]
-    weights = {name: value for name, value in load_file(path).items() if name.split(".")[0] not in left_out}
+    weights = {name: value for name, value in read_safetensors(path).items() if name.split(".")[0] not in left_out}
     problems = compare(encoders.state_dict(), weights)
     if problems:
         raise UserError(f"{path}: does not fit the network ({len(problems)} keys: {'; '.join(problems[:3])} ...)")
+    check_finite(weights, path)
     encoders.load_state_dict(weights, strict=True)
     seen = ", ".join(f"{d['name']} ({d['cases']} cases)" for d in contract.datasets)
     return [

@@ -7,7 +7,6 @@ model saw in training with finetune.modality_dropout. What is there is linked (c
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import re
 import shutil
@@ -22,6 +21,7 @@ from nnunet_fratmae.base.volumes import read_image
 from plans.dataset_json import check_dataset_json
 from plans.extension import channel_modalities, find_channels
 from plans.inputs import on_one_grid
+from plans.models import read_model_files
 from plans.reader import check_plans
 from plans.settings import Settings
 from plans.staging import NETWORK as STAGING_NETWORK
@@ -81,11 +81,7 @@ def read_model(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     Raises:
         UserError: they are not there, or the model is not FratMAE's, or takes one image a case.
     """
-    try:
-        plans, dataset_json = (json.loads((folder / name).read_text()) for name in ("plans.json", "dataset.json"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"-m {folder}: plans.json or dataset.json cannot be read ({type(error).__name__}); give a "
-                        "folder FratMAETrainer__... of nnUNet_results") from None  # fmt: skip
+    plans, dataset_json = read_model_files(folder, "FratMAETrainer__...")
     check_dataset_json(dataset_json, str(folder / "dataset.json"))
     check_plans(plans, str(folder / "plans.json"), dataset_json)
     if "fratmae" not in plans:

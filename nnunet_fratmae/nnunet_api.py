@@ -12,8 +12,9 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
 TESTED = "2.8.1"
 OVERRIDDEN = (
-    "__init__", "initialize", "build_network_architecture", "load_checkpoint", "configure_optimizers", "train_step",
-    "validation_step", "configure_rotation_dummyDA_mirroring_and_inital_patch_size", "get_training_transforms",
+    "__init__", "initialize", "build_network_architecture", "save_checkpoint", "load_checkpoint",
+    "configure_optimizers", "train_step", "validation_step",
+    "configure_rotation_dummyDA_mirroring_and_inital_patch_size", "get_training_transforms",
     "set_deep_supervision_enabled", "plot_network_architecture", "_build_loss", "do_split", "get_dataloaders",
     "run_training", "on_train_start", "on_train_end", "on_train_epoch_start", "on_train_epoch_end",
     "on_validation_epoch_end", "on_epoch_end", "perform_actual_validation",

@@ -6,7 +6,6 @@ from __future__ import annotations
 import argparse
 import csv
 import itertools
-import json
 import os
 import re
 import sys
@@ -20,6 +19,7 @@ from nnunet_fratmae.base.command import UserError, check_device, run_command
 from nnunet_fratmae.base.files import renamed
 from plans.dataset_json import check_dataset_json
 from plans.extension import JOINT_NETWORK, channel_modalities, find_channels, find_modalities
+from plans.models import check_architecture, read_model_files
 from plans.reader import check_plans, check_whole_body
 from plans.settings import STACKS, Settings
 from plans.staging import NETWORK, STAGING_CONFIGURATION, staging_plans
@@ -100,14 +100,8 @@ def read_model(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     Raises:
         UserError: they are not there, or are no model with a classifier.
     """
-    try:
-        plans, dataset_json = (json.loads((folder / name).read_text()) for name in ("plans.json", "dataset.json"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"-m {folder}: plans.json or dataset.json cannot be read ({type(error).__name__}); give a "
-                        "folder ...__FratMAEPlans__wholebody of nnUNet_results") from None  # fmt: skip
-    configurations = plans.get("configurations") if isinstance(plans, dict) else None
-    configurations = configurations.values() if isinstance(configurations, dict) else ()
-    architectures = [config.get("architecture") for config in configurations if isinstance(config, dict)]
+    plans, dataset_json = read_model_files(folder, "...__FratMAEPlans__wholebody")
+    architectures = [config.get("architecture") for config in plans["configurations"].values()]
     networks = [a.get("network_class_name") for a in architectures if isinstance(a, dict)]
     if NETWORK not in networks and JOINT_NETWORK not in networks:
         raise UserError(f"-m {folder}: has no classifier; give a model of FratMAEStagingTrainer, or of FratMAETrainer "
@@ -177,23 +171,25 @@ def load_network(plans: dict[str, Any], dataset_json: dict[str, Any], checkpoint
     Nothing in the file is executed (weights_only), since models are passed on. A joint model's decoder is left out.
 
     Raises:
-        UserError: the file is damaged or of another network.
+        UserError: the plans are of another network, or the file is damaged, of another one, or has weights that are not
+            finite.
     """
-    import torch
     from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 
-    kwargs = plans["configurations"][STAGING_CONFIGURATION]["architecture"]["arch_kwargs"]
+    from nnunet_fratmae.base.weights import check_finite, read_checkpoint
+
+    architecture = plans["configurations"].get(STAGING_CONFIGURATION, {}).get("architecture")
+    check_architecture(architecture, f"{checkpoint.parents[1] / 'plans.json'}, configuration {STAGING_CONFIGURATION}")
+    kwargs = architecture["arch_kwargs"]
     channels = len(channel_modalities(dataset_json))
     network = get_network_from_plans(NETWORK, kwargs, [], channels, len(kwargs["classes"]))
-    # nnU-Net logs the Dice of each epoch as scalars of numpy
-    scalars = [np.float64(0).__reduce__()[0], np.dtype, type(np.dtype(np.float32)), type(np.dtype(np.float64))]
+    weights = read_checkpoint(checkpoint).get("network_weights")
     try:
-        with torch.serialization.safe_globals(scalars):
-            weights = torch.load(checkpoint, map_location="cpu", weights_only=True)["network_weights"]
         network.load_state_dict({k: v for k, v in weights.items() if not k.startswith("decoder.")})
-    except Exception as error:  # noqa: BLE001 - unpickling raises anything
+    except Exception as error:  # noqa: BLE001 - whatever the file holds
         raise UserError(f"{checkpoint}: cannot be read as weights of the network in plans.json ({type(error).__name__}"
                         "); copy the model folder again") from None  # fmt: skip
+    check_finite(network.state_dict(), checkpoint)
     return network.eval()
 
 

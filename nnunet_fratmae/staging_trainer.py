@@ -21,6 +21,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
 
 from nnunet_fratmae.base.command import UserError, nnunet_folder
+from nnunet_fratmae.checkpoints import read_training
 from nnunet_fratmae.nnunet_api import curves
 from nnunet_fratmae.optimization import CosineSchedule, parameter_groups
 from nnunet_fratmae.stage_data import StagingStudies, class_loss, classify_all, in_order, list_studies
@@ -95,11 +96,9 @@ class FratMAEStagingTrainer(FratMAETrainer):
     @cached_property
     def cohort(self) -> Cohort:
         """The cases of this fold; a user's error ends the command."""
-        try:
+        with self._one_line():
             folder, plans = Path(self.preprocessed_dataset_folder_base), self.plans_manager.plans
             return cohort_of_model(folder, plans, self.fold, self.classes)
-        except UserError as error:
-            raise SystemExit(f"{type(self).__name__}: error: {error}") from None
 
     def initialize(self) -> None:
         torch.manual_seed(self.settings.staging.seed)
@@ -132,14 +131,12 @@ class FratMAEStagingTrainer(FratMAETrainer):
 
     def _studies(self, labels: dict[str, int]) -> list[tuple[Case, int]]:
         store, grid = Path(self.preprocessed_dataset_folder), self.settings.wholebody.grid
-        try:
+        with self._one_line():
             return list_studies(store, labels, self.dataset_json, grid)
-        except UserError as error:
-            raise SystemExit(f"{type(self).__name__}: error: {error}") from None
 
     # -------------------------------------------------------------------------------------------------- the training
 
-    def run_training(self) -> None:
+    def _train(self) -> None:
         """nnU-Net's loop with epochs that are passes over the cases and an early end."""
         self.on_train_start()
         while not self.is_finished():
@@ -213,7 +210,8 @@ class FratMAEStagingTrainer(FratMAETrainer):
         """With early stopping the final weights are those of the lowest validation loss."""
         best = Path(self.output_folder) / "checkpoint_best.pth"
         if self.patience is not None and best.is_file() and not self.disable_checkpointing:
-            checkpoint = torch.load(best, map_location=self.device, weights_only=True)
+            with self._one_line():
+                checkpoint = read_training(best)
             self.bare_network().load_state_dict(checkpoint["network_weights"])
             self.print_to_log_file(f"weights of epoch {checkpoint['current_epoch'] - 1}, which has the lowest "
                                    "validation loss, are kept")  # fmt: skip
@@ -236,12 +234,13 @@ class FratMAEStagingTrainer(FratMAETrainer):
     def perform_actual_validation(self, save_probabilities: bool = False) -> None:
         """fold_X/validation/summary.json: figures of this fold and the probabilities of each case (so --npz adds
         nothing)."""
-        found = self.predict(self._validation_loader())
-        figures, said = save_summary(
-            Path(self.output_folder) / "validation" / "summary.json", self.settings.staging.target, self.cohort,
-            found["probabilities"],
-            chosen_on_these_cases=self.patience is not None,  # without patience the last epoch is kept
-        )  # fmt: skip
+        with self._one_line():
+            found = self.predict(self._validation_loader())
+            figures, said = save_summary(
+                Path(self.output_folder) / "validation" / "summary.json", self.settings.staging.target, self.cohort,
+                found["probabilities"],
+                chosen_on_these_cases=self.patience is not None,  # without patience the last epoch is kept
+            )  # fmt: skip
         for name in FIGURES:
             if figures[name] is not None:
                 self.logger.log_summary(f"final_val/{name}", figures[name])

@@ -6,12 +6,10 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import os
 from collections.abc import Iterator
-from copy import deepcopy
-from dataclasses import fields, replace
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -25,31 +23,27 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 
-from nnunet_fratmae.artefact import check_artefact, load_encoders
-from nnunet_fratmae.augmentation import misalign, physical_augmentation
-from nnunet_fratmae.base.command import UserError
+from nnunet_fratmae.artefact import compare, load_encoders
+from nnunet_fratmae.augmentation import physical_augmentation
+from nnunet_fratmae.base.command import UserError, check_device
+from nnunet_fratmae.base.lock import alone_in
+from nnunet_fratmae.base.weights import nothing_executed, whole_checkpoint
+from nnunet_fratmae.checkpoints import FINAL, LATEST, PREVIOUS, choose_checkpoint
+from nnunet_fratmae.ending import one_line
 from nnunet_fratmae.joint import TRAIN_CURVE, VALIDATION_CURVES, StageBranch, add_branch
 from nnunet_fratmae.networks.unetr import FratMAEUNETR
 from nnunet_fratmae.nnunet_api import check_overrides, curves, take_resume
 from nnunet_fratmae.optimization import CosineSchedule, parameter_groups
+from nnunet_fratmae.preparation import PRETRAINED_VARIABLE, check_other_folds, go_on_with, prepare_plans  # noqa: F401
 from plans.dataset_json import check_dataset_json
-from plans.extension import extend_plans, follow_artefact
+from plans.models import check_configuration
 from plans.preprocessed import check_fold
 from plans.reader import check_names, check_nnunet, check_settings
 from plans.settings import Settings
-from plans.units import MODALITIES
+from plans.staging import STAGING_CONFIGURATION
 
-PRETRAINED_VARIABLE = "FRATMAE_PRETRAINED"
 ROTATION = math.radians(15)  # a patient on the table is never further off
 SCALING = (0.85, 1.25)  # nnU-Net's range for the patch that is read before augmentation
-CHANGEABLE = {
-    "finetune": ("epochs", "iterations", "val_iterations", "foreground", "learning_rate", "pet_scale", "ct_shift",
-                 "misalignment", "mirror_axes"),
-    "staging": ("epochs", "learning_rate", "patience", "workers"),
-}  # fmt: skip
-"""Settings that a training which goes on takes from the plans of today; all others stay those that it began with."""
-
-
 class FratMAETrainer(nnUNetTrainer):
     """Stage 2 of the paper, segmentation: dual ViT encoders + UNETR decoder, AdamW with cosine, Dice + CE.
 
@@ -72,6 +66,8 @@ class FratMAETrainer(nnUNetTrainer):
         device: torch.device = torch.device("cuda"),  # noqa: B008 - nnU-Net compares signatures
     ) -> None:
         check_overrides(type(self).__name__)
+        with one_line(type(self).__name__):
+            check_device(device.type)
         resume = take_resume(plans)
         where = f"{plans.get('plans_name', 'plans')}.json"
         self.notes, self.preparation_error, self.today = [], None, None
@@ -92,7 +88,9 @@ class FratMAETrainer(nnUNetTrainer):
                 raise SystemExit(f"{type(self).__name__}: error: {error}") from None
             self.preparation_error = error
             plans = {**plans, "fratmae": {}}  # those of the checkpoint take their place
-        super().__init__({**plans, **resume}, configuration, fold, dataset_json, device)
+        with one_line(type(self).__name__):
+            super().__init__({**plans, **resume}, configuration, fold, dataset_json, device)
+        self.keeps_previous = False  # of this training; an earlier one may have left its checkpoints here
         self._use_finetune_settings()
         self.branch: StageBranch | None = None  # of a joint training, from its start
         if self.uses_bf16:
@@ -131,10 +129,8 @@ class FratMAETrainer(nnUNetTrainer):
         for note in self.notes:
             self.print_to_log_file(note, add_timestamp=False)
         if self.settings.pretrained is not None and not self.settings.finetune.from_scratch:
-            try:
+            with self._one_line():
                 report = load_encoders(self.settings.pretrained, self.bare_network().encoders)
-            except UserError as error:
-                raise SystemExit(f"{type(self).__name__}: error: {error}") from None
             self.print_to_log_file("\n".join(report), add_timestamp=False)
 
     def bare_network(self) -> nn.Module:
@@ -142,25 +138,76 @@ class FratMAETrainer(nnUNetTrainer):
         network = getattr(self.network, "module", self.network)
         return getattr(network, "_orig_mod", network)
 
-    def load_checkpoint(self, filename_or_checkpoint: str) -> None:
-        """As nnU-Net, but the network is that of the checkpoint, whatever FRATMAE_PRETRAINED says today."""
-        if not self.was_initialized:
-            checkpoint = torch.load(filename_or_checkpoint, map_location="cpu", weights_only=False, mmap=True)
-            plans = checkpoint["init_args"]["plans"]
-            notes = []
-            if self.today is not None:
-                plans, notes = go_on_with(plans, self.today)
-            if self.preparation_error is not None:
-                notes.append(f"WARNING: a new training would not start here: {self.preparation_error}")
+    def _one_line(self) -> AbstractContextManager[None]:
+        """Within, what a user can mend, and what disk and memory refuse, ends the command in one line."""
+        stores = [Path(self.preprocessed_dataset_folder)]
+        if self.settings.finetune.stage_weight:
+            whole = self.plans_manager.plans["configurations"][STAGING_CONFIGURATION]
+            stores.append(Path(self.preprocessed_dataset_folder_base) / whole["data_identifier"])
+        loaders = (self.dataloader_train, self.dataloader_val)
+        return one_line(type(self).__name__, self.output_folder, stores, loaders)
+
+    def run_training(self) -> None:
+        """As nnU-Net; a second training in the same folder is refused."""
+        with self._one_line(), alone_in(Path(self.output_folder)) if self.local_rank == 0 else nullcontext():
+            self._train()
+
+    def _train(self) -> None:
+        super().run_training()
+
+    def save_checkpoint(self, filename: str) -> None:
+        """As nnU-Net, but what was there stays until the new one is whole, and of the latest the one before is kept."""
+        path = Path(filename)
+        if self.local_rank > 0 or self.disable_checkpointing:
+            super().save_checkpoint(filename)
+            return
+        previous = path.with_name(PREVIOUS)
+        with self._one_line(), whole_checkpoint(path, previous if self._keeps(path) else None) as partial:
+            super().save_checkpoint(str(partial))
+        if path.name == LATEST and not self.keeps_previous or path.name == FINAL:
+            previous.unlink(missing_ok=True)
+        self.keeps_previous |= path.name == LATEST
+
+    def _keeps(self, path: Path) -> bool:
+        return self.keeps_previous and path.name == LATEST
+
+    def load_checkpoint(self, *args: str, **kwargs: str) -> None:
+        """As nnU-Net, but nothing in the file is executed, the network is that of the checkpoint, whatever
+        FRATMAE_PRETRAINED says today, and where the file cannot be read, as after a crash of the machine, the newest
+        before it takes its place.
+
+        Args:
+            the path, whose name is another in nnU-Net 2.8 (filename_or_checkpoint) and on its main branch (checkpoint).
+        """
+        (asked,) = (*args, *kwargs.values())
+        with self._one_line():
+            path, found, notes = choose_checkpoint(Path(asked))
+            plans = found["init_args"]["plans"]
+            check_configuration(plans, self.configuration_name, f"{path}, plans")
+            if not self.was_initialized:
+                self._be_that_of(plans, notes)
             for note in notes:
                 self.print_to_log_file(note, add_timestamp=False)
-            self.plans_manager = PlansManager(plans)
-            self.configuration_manager = self.plans_manager.get_configuration(self.configuration_name)
-            self._use_finetune_settings()
-            super().initialize()  # all weights come from the checkpoint, so none are pretrained
-        super().load_checkpoint(filename_or_checkpoint)
+            if problems := compare(self.bare_network().state_dict(), _plain_names(found["network_weights"])):
+                few = "; ".join(problems[:3])[:300]
+                raise UserError(f"{path}: does not fit the network ({len(problems)} keys: {few})")
+            with nothing_executed():
+                super().load_checkpoint(str(path))
         # nnU-Net would save those that the training began with, and the next --c fall back to them
         self.my_init_kwargs = {**self.my_init_kwargs, "plans": self.plans_manager.plans}
+        self.keeps_previous = True
+
+    def _be_that_of(self, plans: dict[str, Any], notes: list[str]) -> None:
+        """Take the plans of a checkpoint and make their network; adds to the notes for the log."""
+        if self.today is not None:
+            plans, changed = go_on_with(plans, self.today)
+            notes += changed
+        if self.preparation_error is not None:
+            notes.append(f"WARNING: a new training would not start here: {self.preparation_error}")
+        self.plans_manager = PlansManager(plans)
+        self.configuration_manager = self.plans_manager.get_configuration(self.configuration_name)
+        self._use_finetune_settings()
+        super().initialize()  # all weights come from the checkpoint, so none are pretrained
 
     def configure_optimizers(self) -> tuple[torch.optim.Optimizer, LRScheduler]:
         """AdamW with cosine; frozen encoders are frozen here, which is before DDP looks at the network."""
@@ -222,10 +269,8 @@ class FratMAETrainer(nnUNetTrainer):
         super().on_train_start()
 
     def _start_branch(self) -> None:
-        try:
+        with self._one_line():
             self.branch = self._stage_branch()
-        except UserError as error:
-            raise SystemExit(f"{type(self).__name__}: error: {error}") from None
         self.loss = self.branch.joint_loss(self.loss).to(self.device)
         for name in (TRAIN_CURVE, *VALIDATION_CURVES.values()):
             curves(self).setdefault(name, [])
@@ -256,7 +301,8 @@ class FratMAETrainer(nnUNetTrainer):
 
     def perform_actual_validation(self, save_probabilities: bool = False) -> None:
         """As nnU-Net; of a joint training also fold_X/validation/stages.json."""
-        super().perform_actual_validation(save_probabilities)
+        with self._one_line():
+            super().perform_actual_validation(save_probabilities)
         if not self.settings.finetune.stage_weight or self.local_rank > 0:
             return
         try:
@@ -298,81 +344,6 @@ class FratMAETrainer(nnUNetTrainer):
         """Left out: nnU-Net's plot needs a package that no longer works."""
 
 
-def prepare_plans(
-    plans: dict[str, Any], configuration: str, dataset_json: dict[str, Any]
-) -> tuple[dict[str, Any], list[str]]:
-    """Plans as FratMAETrainer trains them, and notes for the log. Plans that need no change come back as they are.
-
-    Raises:
-        UserError: a configuration or channels that FratMAE cannot train, or an artefact that cannot be used.
-    """
-    settings = Settings.from_json(plans.get("fratmae", {}))
-    if settings.finetune.misalignment:
-        misalign(0, settings.finetune.misalignment, (1, 1, 1))  # is it to be had?
-    pretrained, source = settings.pretrained, 'plans.json, "fratmae.pretrained"'
-    if pretrained is None:
-        pretrained, source = os.environ.get(PRETRAINED_VARIABLE) or None, f"environment variable {PRETRAINED_VARIABLE}"
-    notes, wanted = [], settings
-    if settings.finetune.from_scratch:
-        pretrained = None
-        notes.append("########## FratMAE: training FROM SCRATCH, as fratmae.finetune.from_scratch says ##########")
-    elif pretrained is None:
-        notes.append("########## FratMAE: NO pretrained encoders, training FROM SCRATCH (set "
-                     f"{PRETRAINED_VARIABLE} or fratmae.pretrained in the plans, unless you gave -pretrained_weights) "
-                     "##########")  # fmt: skip
-    else:
-        wanted = follow_artefact(settings, check_artefact(pretrained))
-        notes.append(f"pretrained encoders are named by {source}")
-        if wanted is not settings and plans.get("fratmae"):
-            notes.append(f"preset {wanted.preset} and token patch {list(wanted.token_patch)} follow the artefact; the "
-                         f"plans said {settings.preset} and {list(settings.token_patch or [])}")  # fmt: skip
-        wanted = replace(wanted, pretrained=str(pretrained))
-    plans, warnings = extend_plans(plans, dataset_json, wanted, configuration)
-    if settings.finetune.freeze and pretrained is None:
-        notes.append("WARNING: fratmae.finetune.freeze keeps encoders as they are that nobody trained, unless "
-                     "-pretrained_weights brings some")  # fmt: skip
-    notes += [f"WARNING: {warning}" for warning in warnings]
-    if plans["fratmae"]["modalities"] in MODALITIES:
-        notes.append(f"this network sees {plans['fratmae']['modalities']} alone (fratmae.modalities)")
-    return plans, notes
-
-
-def go_on_with(plans: dict[str, Any], today: Settings) -> tuple[dict[str, Any], list[str]]:
-    """Plans of a checkpoint with what may change of the settings of today, and notes on what changed."""
-    begun, block, notes = Settings.from_json(plans["fratmae"]), deepcopy(plans["fratmae"]), []
-    for part, names in CHANGEABLE.items():
-        then, now = getattr(begun, part), getattr(today, part)
-        for field in fields(now):
-            was, wanted = getattr(then, field.name), getattr(now, field.name)
-            if was == wanted or field.name in ("patch", "batch_size", "gpu_memory_target"):  # of the planning
-                continue
-            if field.name in names:
-                block.setdefault(part, {})[field.name] = wanted
-                notes.append(f"fratmae.{part}.{field.name} is {wanted} from now on, it was {was}")
-            else:
-                notes.append(f"WARNING: fratmae.{part}.{field.name} stays {was}, with which this training began; the "
-                             f"plans say {wanted}")  # fmt: skip
-    return {**plans, "fratmae": block}, notes
-
-
-def check_other_folds(model_folder: Path, plans: dict[str, Any], configuration: str, fold: int) -> None:
-    """The folds of a model share one plans.json, so they must share the network, or the others could not predict.
-    Either all or none can do with a missing modality, as fratmae_fill_missing reads it there.
-
-    Raises:
-        UserError: a trained fold other than `fold` has another architecture or patch, or one of the two alone has
-            modality dropout.
-    """
-    trained = [f for f in model_folder.glob("fold_*/checkpoint_*.pth") if f.parent.name != f"fold_{fold}"]
-    if not trained or not (model_folder / "plans.json").is_file():
-        return
-    theirs = json.loads((model_folder / "plans.json").read_text())
-    there, mine = theirs["configurations"].get(configuration, {}), plans["configurations"][configuration]
-    dropout = [Settings.from_json(p["fratmae"]).finetune.modality_dropout for p in (theirs, plans)]
-    if bool(dropout[0]) != bool(dropout[1]):
-        raise UserError(f"{model_folder}: {trained[0].parent.name} was trained with finetune.modality_dropout="
-                        f"{dropout[0]}; set it so for all folds, or move that folder")  # fmt: skip
-    for key in ("architecture", "patch_size"):
-        if there.get(key) != json.loads(json.dumps(mine[key])):
-            raise UserError(f"{model_folder}: {trained[0].parent.name} was trained with another {key} (other encoders "
-                            f"or none?); use the same {PRETRAINED_VARIABLE} for all folds, or move that folder")
+def _plain_names(weights: dict[str, Any]) -> dict[str, Any]:
+    """Weights as nnU-Net will load them: without what DataParallel puts before the names."""
+    return {name.removeprefix("module."): value for name, value in weights.items()}

@@ -3,22 +3,33 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, fields
+import math
+from collections.abc import Mapping
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from nnunet_fratmae.base.command import UserError
-from plans.settings import PRESETS, TOKEN_SIDES
-from plans.units import units_contract
+from nnunet_fratmae.base.jsons import read_object
+from plans.settings import METHODS, MOST_TOKENS, MOST_VOXELS, PRESETS, STACKS, TOKEN_SIDES
+from plans.units import MODALITIES, units_contract
 
 WEIGHTS_NAME, CONTRACT_NAME = "encoders.safetensors", "encoders.json"
 FORMAT = "fratmae-encoders-2"  # 1 had other position embeddings
 AXES = "H W D = to anterior, to the right, to the head"  # as nnU-Net's SimpleITKIOWithReorient reads
 
+# Far beyond any real artefact; a file that says more would take the memory
+MOST_BYTES = 2**20
+MOST_TEXT = 1000  # letters of a name or a licence
+
 
 @dataclass(frozen=True)
 class Contract:
-    """What the encoders are, what they expect and where they come from."""
+    """What the encoders are, what they expect and where they come from; checked when built.
+
+    Raises:
+        UserError: a part of another type or beyond what this software can use; the message begins with the part.
+    """
 
     preset: str
     embed_dim: int
@@ -45,6 +56,53 @@ class Contract:
     units: dict[str, Any] | None = None
     licence: str = "weights: as the datasets allow; code: Apache-2.0"
     format: str = FORMAT
+
+    def __post_init__(self) -> None:
+        self._check_types()
+        if self.format != FORMAT or self.architecture != "ViTEncoder":
+            raise UserError(f"is no FratMAE encoder pair ({_shown(self.format)} / {_shown(self.architecture)}); this "
+                            f"trainer needs {FORMAT} / ViTEncoder")  # fmt: skip
+        if self.axes != AXES:
+            raise UserError(f"axes {_shown(self.axes)} are not '{AXES}'; export the encoders again")
+        sizes = PRESETS.get(self.preset)
+        if sizes is None or self.encoder != sizes.encoder:
+            raise UserError(f"preset {_shown(self.preset)} with {self.encoder} is not known to this version "
+                            f"({', '.join(PRESETS)}); use the version that made it")  # fmt: skip
+        if not all(side in TOKEN_SIDES for side in self.token_patch):
+            raise UserError(f"token_patch {self.token_patch} has sides other than {TOKEN_SIDES}")
+        if math.prod(self.grid) > MOST_VOXELS:
+            raise UserError(f"grid {self.grid} has more than {MOST_VOXELS:.2g} voxels")
+        if any(side % token for side, token in zip(self.patch, self.token_patch, strict=True)):
+            raise UserError(f"patch {self.patch} is no multiple of token_patch {self.token_patch}")
+        if math.prod(self.patch) > MOST_TOKENS * math.prod(self.token_patch):
+            raise UserError(f"patch {self.patch} has more than {MOST_TOKENS} tokens of {self.token_patch}")
+        if self.stack not in STACKS or self.method not in METHODS or tuple(self.modalities) != MODALITIES:
+            raise UserError(f"stack {_shown(self.stack)}, method {_shown(self.method)} and modalities "
+                            f"{_shown(self.modalities)} are not all known to this version")  # fmt: skip
+        steps = [self.k if axis == STACKS[self.stack] else 1 for axis in range(3)]
+        if any(p * step > g for p, step, g in zip(self.patch, steps, self.grid, strict=True)):
+            raise UserError(f"patch {self.patch} of every {self.k}. slice does not fit in grid {self.grid}")
+
+    def _check_types(self) -> None:
+        for names, is_right, what in (
+            (("preset", "method", "stack", "architecture", "axes", "licence", "format"), _is_text, "text"),
+            (("text_tower",), lambda value: value is None or _is_text(value), "text or null"),
+            (("embed_dim", "depth", "num_heads", "k"), _is_count, "a whole number above 0"),
+            (("epochs",), lambda value: value == 0 or _is_count(value), "a whole number"),
+            (("left_out_fold",), lambda value: value is None or type(value) is int, "a whole number or null"),
+            (("token_patch", "grid", "patch"), _is_triple, "three whole numbers above 0"),
+            (("modalities",), lambda value: all(map(_is_text, value)), "names"),
+            (("datasets",), lambda value: all(map(_is_dataset, value)), "objects with name, cases and licence"),
+            (("software",), lambda value: all(map(_is_text, value.values())), "versions by name"),
+        ):
+            for name in names:
+                value = getattr(self, name)
+                try:
+                    right = is_right(value)
+                except (TypeError, AttributeError):
+                    right = False
+                if not right:
+                    raise UserError(f"{name} is {_shown(value)}, it must be {what}; export the encoders again")
 
     def save(self, path: Path) -> None:
         path.write_text(json.dumps(asdict(self) | {"units": units_contract()}, indent=2) + "\n")
@@ -75,31 +133,60 @@ def read_contract(pretrained: str | Path) -> Contract:
     """The contract of an artefact, checked against what this software can use.
 
     Raises:
-        UserError: absent, unreadable, of another architecture, with other axes or units.
+        UserError: absent, unreadable, of another architecture, with other axes or units, or sizes beyond all bounds.
     """
     _, path = locate_artefact(pretrained)
+    content = read_object(path, "it is no readable contract: copy it again, or export the encoders again",
+                          MOST_BYTES)
     try:
-        content = json.loads(path.read_text())
-        if content.get("format") != FORMAT or content.get("architecture") != "ViTEncoder":
-            what = f"{content.get('format')} / {content.get('architecture')}"
-            raise UserError(f"{path}: is no FratMAE encoder pair ({what}); this trainer needs {FORMAT} / ViTEncoder")
-        known = {f.name for f in fields(Contract)}
-        lists = {name: tuple(value) for name, value in content.items() if name in ("token_patch", "grid", "patch")}
-        contract = Contract(**{k: v for k, v in (content | lists).items() if k in known})
-    except (json.JSONDecodeError, TypeError, AttributeError) as error:
-        raise UserError(f"{path}: is no readable contract ({error}); export the encoders again") from error
+        contract = contract_of(content)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
     if contract.units != units_contract():
-        raise UserError(f"{path}: units {contract.units} are not this version's {units_contract()}; "
+        raise UserError(f"{path}: units {_shown(contract.units)} are not this version's {units_contract()}; "
                         "pretrain again with this version or use the version that made it")  # fmt: skip
-    if contract.axes != AXES:
-        raise UserError(f"{path}: axes '{contract.axes}' are not '{AXES}'; export the encoders again")
-    sizes = PRESETS.get(contract.preset)
-    if sizes is None or contract.encoder != sizes.encoder:
-        raise UserError(f"{path}: preset {contract.preset} with {contract.encoder} is not known to this version "
-                        f"({', '.join(PRESETS)}); use the version that made it")  # fmt: skip
-    if len(contract.token_patch) != 3 or not all(t in TOKEN_SIDES for t in contract.token_patch):
-        raise UserError(f"{path}: token_patch {contract.token_patch} has sides other than {TOKEN_SIDES}")
     return contract
+
+
+def contract_of(content: Mapping[str, Any]) -> Contract:
+    """The contract that a JSON object or a checkpoint of a pretraining holds; what it has besides is passed over.
+
+    Raises:
+        UserError: a part is missing or cannot be used; the message begins with the part.
+    """
+    known = {f.name: f for f in fields(Contract)}
+    parts = {name: value for name, value in content.items() if name in known}
+    if parts.get("format") != FORMAT:
+        found = _shown(parts.get("format"))
+        raise UserError(f"is no FratMAE encoder pair (format {found}); this trainer needs {FORMAT}")
+    missing = [name for name, field in known.items() if field.default is MISSING and name not in parts]
+    if missing:
+        raise UserError(f"{', '.join(missing)} missing; export the encoders again")
+    lists = ("token_patch", "grid", "patch", "modalities")
+    parts |= {name: tuple(parts[name]) for name in lists if isinstance(parts.get(name), list)}
+    return Contract(**parts)
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str) and len(value) <= MOST_TEXT
+
+
+def _is_count(value: object) -> bool:
+    return type(value) is int and 0 < value < 2**31
+
+
+def _is_triple(value: object) -> bool:
+    return isinstance(value, tuple) and len(value) == 3 and all(map(_is_count, value))
+
+
+def _is_dataset(value: dict[str, Any]) -> bool:
+    return _is_text(value["name"]) and type(value["cases"]) is int
+
+
+def _shown(value: object) -> str:
+    """A value from a file on one short line."""
+    text = json.dumps(value, default=str) if not isinstance(value, float) else repr(value)
+    return text if len(text) <= 60 else f"{text[:60]}..."
 
 
 def expected_shapes(contract: Contract) -> dict[str, tuple[int, ...]]:

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import os
-import pickle
-import zipfile
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from nnunet_fratmae.base.command import UserError
+from nnunet_fratmae.base.weights import check_finite, read_checkpoint, whole_checkpoint
+from plans.contract import contract_of
 
 LATEST, PREVIOUS, BEST = "checkpoint_latest.pth", "checkpoint_previous.pth", "checkpoint_best.pth"
-UNREADABLE = (RuntimeError, pickle.UnpicklingError, EOFError, OSError, ValueError, zipfile.BadZipFile)
+PARTS = {"model": dict, "identity": dict, "contract": dict, "history": list, "epoch": int}
+"""What every command that takes a run reads of its checkpoint, with the type."""
 
 
 def save(state: dict[str, Any], path: Path) -> None:
@@ -24,37 +24,50 @@ def save(state: dict[str, Any], path: Path) -> None:
     Raises:
         UserError: it cannot be written, or not be read back.
     """
-    partial = path.with_name(f".partial_{path.name}")
-    try:
-        with partial.open("wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        _verify(partial)
-        torch.load(partial, map_location="cpu", weights_only=True, mmap=True)
-    except UNREADABLE as error:
-        partial.unlink(missing_ok=True)
-        reason = " ".join(str(error).split())[:200]
-        is_there = (path.parent / LATEST).is_file()
-        way_out = "The last checkpoint is whole: make room and go on with --c" if is_there else "Make room; start again"
-        raise UserError(f"{path}: cannot be written ({reason}); is the disk full? {way_out}") from error
-    if path.name == LATEST and path.is_file():
-        os.replace(path, path.with_name(PREVIOUS))
-    os.replace(partial, path)
+    previous = path.with_name(PREVIOUS) if path.name == LATEST else None
+    with whole_checkpoint(path, previous) as partial, partial.open("wb") as file:
+        torch.save(state, file)
 
 
 def load(path: Path) -> dict[str, Any]:
-    """The checkpoint of a file.
+    """The checkpoint of a file; nothing in it is executed.
 
     Raises:
         UserError: it cannot be read.
     """
+    return read_checkpoint(path)
+
+
+def load_run(path: Path) -> dict[str, Any]:
+    """The checkpoint of a pretraining, perhaps one that was downloaded.
+
+    Raises:
+        UserError: it cannot be read, or as `check_run`.
+    """
+    state = load(path)
+    check_run(state, path)
+    return state
+
+
+def check_run(state: dict[str, Any], path: Path) -> None:
+    """See that what a checkpoint holds is a pretraining, with weights that can be computed with.
+
+    Raises:
+        UserError: it is not.
+    """
+    wrong = [name for name, kind in PARTS.items() if not isinstance(state.get(name), kind)]
+    if "step" in state and not (type(state["step"]) is int and isinstance(state.get("sums"), dict)):
+        wrong.append("step")
+    if not wrong and not all(isinstance(value, torch.Tensor) for value in state["model"].values()):
+        wrong = ["model"]
+    if wrong:
+        raise UserError(f"{path}: is no checkpoint of fratmae_pretrain ({', '.join(wrong)} missing or of another kind);"
+                        " give the output folder of fratmae_pretrain")  # fmt: skip
     try:
-        _verify(path)
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except UNREADABLE as error:
-        reason = type(error).__name__
-        raise UserError(f"{path}: cannot be read ({reason}); the file is damaged or cut off") from error
+        contract_of(state["contract"] | {"epochs": state["epoch"]})
+    except UserError as error:
+        raise UserError(f"{path}, its contract: {error}") from None
+    check_finite(state["model"], path)
 
 
 def load_latest(folder: Path) -> dict[str, Any]:
@@ -72,18 +85,3 @@ def load_latest(folder: Path) -> dict[str, Any]:
         except UserError as error:
             print(f"warning: {error}")
     raise UserError(f"--c: no checkpoint in {folder} can be read; start again with another folder (-o)")
-
-
-def _verify(path: Path) -> None:
-    """Read all of a checkpoint and compare the checksums (CRC-32) that torch.save wrote; torch.load does not.
-
-    Raises:
-        OSError, zipfile.BadZipFile: it is not what was written.
-    """
-    with path.open("rb") as file:
-        if hasattr(os, "posix_fadvise"):  # so that the disk answers, not the memory that has just written it
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-        with zipfile.ZipFile(file) as archive:
-            damaged = archive.testzip()
-    if damaged is not None:
-        raise OSError(f"{damaged} does not read back as it was written")

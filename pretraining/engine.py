@@ -8,6 +8,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -20,11 +21,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from nnunet_fratmae.artefact import compare
 from nnunet_fratmae.base.command import UserError
+from nnunet_fratmae.base.lock import alone_in
 from plans.contract import Contract
 from plans.settings import Settings
 from plans.units import MODALITIES
-from pretraining.checkpoint import BEST, LATEST, PREVIOUS, load_latest, save
+from pretraining.checkpoint import BEST, LATEST, PREVIOUS, check_run, load_latest, save
 from pretraining.data import Batches, Case, DiskPatches, MemoryPatches, Views, case_weights
 from pretraining.evaluation import evaluate, evaluate_retrieval, hold_out_patches
 from pretraining.export import export
@@ -85,6 +88,8 @@ class Pretraining:
         self.history: list[dict[str, Any]] = []
         self.epoch, self.step, self.sums = 0, 0, _empty_sums()
         if checkpoint:
+            if problems := compare(objective.state_dict(), checkpoint["model"]):
+                raise UserError(f"--c: the checkpoint in {folder} does not fit this network ({problems[0][:200]})")
             objective.load_state_dict(checkpoint["model"])
             self.history, self.epoch = checkpoint["history"], checkpoint["epoch"]
             self.step, self.sums = checkpoint["step"], checkpoint["sums"]
@@ -104,8 +109,12 @@ class Pretraining:
         return self.objective.module.context_align
 
     def run(self) -> None:
-        """Raises UserError: a loss that is not finite, or a checkpoint that cannot be written."""
-        self.folder.mkdir(parents=True, exist_ok=True)
+        """Raises UserError: a loss that is not finite, a checkpoint that cannot be written, or another process that
+        writes to the folder."""
+        with alone_in(self.folder) if self.fabric.is_global_zero else nullcontext():
+            self._run()
+
+    def _run(self) -> None:
         steps = self.batches.steps
         done = self.epoch * steps + self.step
         monitor = None
@@ -336,7 +345,7 @@ class Pretraining:
                                 "with -o")  # fmt: skip
             return None
         checkpoint = load_latest(self.folder)
-        begun, mine = checkpoint["identity"], self.identity
+        begun, mine = {**dict.fromkeys(self.identity), "passes": {}, **checkpoint.get("identity", {})}, self.identity
         where = f"--c: the run in {self.folder} was begun with"
         if begun["settings"] != mine["settings"]:
             raise UserError(f"{where} other settings; give the same -m, -preset and --set")
@@ -347,6 +356,7 @@ class Pretraining:
                 micro, rest = (size, 0) if what == ONE_GPU else divmod(size, self.fabric.world_size)
                 way_out = "take another -num_gpus" if rest else f"set pretrain.micro_batch_size={micro}"
                 raise UserError(f"{where} passes of {size} patches {what}, and their result hangs on that; {way_out}")
+        check_run(checkpoint, self.folder)
         return checkpoint
 
     def _contract(self) -> Contract:

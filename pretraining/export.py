@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from nnunet_fratmae.base.command import UserError, run_command
-from nnunet_fratmae.base.files import renamed
+from nnunet_fratmae.base.files import renamed, writing_to
 from pretraining.checkpoint import LATEST
 
 ALIGN_NAME, CARD_NAME = "context_align.safetensors", "model_card.md"
@@ -20,15 +20,16 @@ def export(state: Mapping[str, Any], folder: Path) -> None:
     from safetensors.torch import save
 
     from nnunet_fratmae.artefact import save_artefact
-    from plans.contract import Contract
+    from plans.contract import contract_of
 
-    contract = Contract(**(state["contract"] | {"epochs": state["epoch"]}))
+    contract = contract_of(state["contract"] | {"epochs": state["epoch"]})
     weights = state["model"]
     aligned = {k: v.cpu().contiguous() for k, v in weights.items() if k.startswith(("context_align.", "text_tower."))}
     files = {CARD_NAME: model_card(contract, state["history"]).encode()}
     if aligned:
         files[ALIGN_NAME] = save(aligned)
-    folder.mkdir(parents=True, exist_ok=True)
+    with writing_to(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     for name, content in files.items():
         with renamed(folder / name) as partial:
             partial.write_bytes(content)
@@ -99,11 +100,11 @@ def main() -> None:
 
 
 def _run(args: argparse.Namespace) -> None:
-    from pretraining.checkpoint import load
+    from pretraining.checkpoint import load_run
 
     path = args.m / args.chk
     if not path.is_file():
         there = ", ".join(sorted(p.name for p in args.m.glob("checkpoint_*.pth"))) or "none"
         raise UserError(f"-chk {args.chk}: not in {args.m}; there are {there}")
-    export(load(path), args.o)
+    export(load_run(path), args.o)
     print(f"encoders, contract and model card: {args.o}")

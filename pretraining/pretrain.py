@@ -80,6 +80,9 @@ def _run(args: argparse.Namespace) -> None:
         if isinstance(error, torch.OutOfMemoryError):
             raise UserError("the GPU's memory is too small; lower pretrain.micro_batch_size (the batch stays as it is) "
                             "or take a smaller -preset") from error  # fmt: skip
+        if "DataLoader worker" in str(error) and "killed" in str(error):
+            raise UserError("a process that loads patches was killed, most likely for want of memory; lower "
+                            "pretrain.workers") from error  # fmt: skip
         raise
 
 

@@ -15,11 +15,12 @@ from tqdm import tqdm
 
 from nnunet_fratmae.base.command import UserError, check_device, find_dataset, run_command
 from nnunet_fratmae.base.files import renamed
+from nnunet_fratmae.base.weights import check_finite, read_safetensors
 from nnUNet_raw_conversion.clinical import ClinicalRecord, prompt, read_clinical
 from plans.contract import CONTRACT_NAME, WEIGHTS_NAME
 from plans.reader import load_plans
 from plans.settings import Pretrain, Settings, WholeBody
-from pretraining.checkpoint import LATEST, load
+from pretraining.checkpoint import LATEST, load_run
 from pretraining.export import ALIGN_NAME
 from pretraining.pretrain import check_plans
 
@@ -93,25 +94,31 @@ def read_run(folder: Path, checkpoint: str | None) -> Run:
     Raises:
         UserError: it is neither, or cannot be read.
     """
-    from safetensors.torch import load_file
-
     from nnunet_fratmae.artefact import check_artefact
 
     path = folder / (checkpoint or LATEST)
     if path.is_file():
-        state = load(path)
+        state = load_run(path)
         identity = state["identity"]
-        settings = Settings.from_json(identity["settings"])
-        return Run(state["model"], settings, set(identity["train"]), set(identity["held_out"]))
+        try:
+            settings = Settings.from_json(identity["settings"])
+            return Run(state["model"], settings, set(identity["train"]), set(identity["held_out"]))
+        except (UserError, KeyError, TypeError) as error:
+            raise UserError(f"{path}: its settings are not those of a pretraining ({error})") from None
     if checkpoint or not (folder / CONTRACT_NAME).is_file():
         raise UserError(f"-m {folder}: there is no {path.name}; give the output folder of fratmae_pretrain")
     contract = check_artefact(folder)
-    pretrain = Pretrain(method=contract.method, text_tower=contract.text_tower or Pretrain.text_tower)
+    tower, tag = contract.text_tower or Pretrain.text_tower, Pretrain.text_weights
+    if not tower.startswith("hf-hub:") and ":" in tower:  # a model of open_clip with its tag
+        tower, tag = tower.split(":", 1)
+    pretrain = Pretrain(method=contract.method, text_tower=tower, text_weights=tag)
     whole = WholeBody(grid=contract.grid, patch=contract.patch, k=contract.k, stack=contract.stack)
     settings = Settings(preset=contract.preset, token_patch=contract.token_patch, wholebody=whole, pretrain=pretrain)
-    weights = {f"fratmae.encoders.{name}": value for name, value in load_file(folder / WEIGHTS_NAME).items()}
+    weights = {f"fratmae.encoders.{name}": value for name, value in read_safetensors(folder / WEIGHTS_NAME).items()}
     aligned = folder / ALIGN_NAME
-    return Run(weights | (load_file(aligned) if aligned.is_file() else {}), settings, None, set())
+    weights |= read_safetensors(aligned) if aligned.is_file() else {}
+    check_finite(weights, folder)
+    return Run(weights, settings, None, set())
 
 
 def _run(args: argparse.Namespace) -> None:
@@ -132,6 +139,7 @@ def _run(args: argparse.Namespace) -> None:
         raise UserError(f"{table}: is not there; the tracers and diagnoses to choose from are taken from it")
     records = read_clinical(table, {"case_id": "case_id"})
     cases = list_cases(preprocessed, plans, dataset_json)
+    _check_named(args.m, settings.pretrain, args.text_tower, args.text_weights)
     encoder, align, tower = _networks(run, args.text_tower, args.text_weights)
     encoder.to(args.device)
     with torch.no_grad():
@@ -151,29 +159,59 @@ def _run(args: argparse.Namespace) -> None:
     print(f"table: {args.o}")
 
 
+def _check_named(folder: Path, run: Pretrain, tower: str | None, weights: str | None) -> None:
+    """See that a run, which may have been downloaded, names a text tower that open_clip knows, or one that was put on
+    this machine apart from it.
+
+    Raises:
+        UserError: it names a folder or file of its own, one by a path that depends on where the command runs, or a
+            repository on the hub.
+    """
+    import open_clip
+
+    is_known = run.text_tower.replace("/", "-") in open_clip.list_models()
+    named = [] if tower else [("--text_tower", run.text_tower, is_known)]
+    if not weights and not tower and run.text_weights is not None:
+        tags = open_clip.list_pretrained_tags_by_model(run.text_tower.replace("/", "-")) if is_known else ()
+        named.append(("--text_weights", run.text_weights, run.text_weights in tags))
+    for option, value, is_fine in named:
+        path = Path(value.removeprefix("local-dir:"))
+        is_apart = path.is_absolute() and folder.resolve() not in (path.resolve(), *path.resolve().parents)
+        if not is_fine and not is_apart:
+            raise UserError(f"text tower {value[:100]!r}: so the run -m {folder} names it, which may have brought it "
+                            f"along or would fetch it from the network; if you trust it, say {option} with its path or "
+                            "name")  # fmt: skip
+
+
 def _networks(run: Run, tower_name: str | None, weights: str | None) -> tuple:
     """The PET encoder, ContextAlign and the text tower of a run.
 
     Raises:
         UserError: the tower cannot be loaded or is not that of the run.
     """
+    from nnunet_fratmae.artefact import compare
     from nnunet_fratmae.networks.vit import ViTEncoder
     from pretraining.context_align import ContextAlign
     from pretraining.text import load_tower
 
     settings = run.settings
     encoder = ViTEncoder(settings.wholebody.patch, settings.token_patch, **settings.sizes.encoder).eval()
-    encoder.load_state_dict(run.part("fratmae.encoders.PET."))
     name, folder_has_its_own = tower_name or settings.pretrain.text_tower, tower_name and Path(tower_name).is_dir()
     tower = load_tower(name, weights or (None if folder_has_its_own else settings.pretrain.text_weights))
     align = ContextAlign(settings.sizes.embed_dim, tower.dim)
     aligned, trained = run.part("context_align."), run.part("text_tower.")
+    if "text_projection.weight" not in aligned:
+        raise UserError(f"-m: the run has no projection of texts; {ALIGN_NAME} of fratmae_export is missing or damaged")
     if aligned["text_projection.weight"].shape != align.text_projection.weight.shape:
         raise UserError(f"text tower {name}: its embeddings have {tower.dim} numbers, the run's had "
                         f"{aligned['text_projection.weight'].shape[1]}; give that tower with --text_tower")  # fmt: skip
-    if trained:
-        tower.load_state_dict(trained)
-    align.load_state_dict(aligned)
+    for network, part in ((encoder, run.part("fratmae.encoders.PET.")), (align, aligned), (tower, trained)):
+        problems = compare(network.state_dict(), part) if part or network is not tower else []
+        if problems:
+            raise UserError(f"-m: the run's weights do not fit its settings ({'; '.join(problems[:3])[:200]}); copy it "
+                            "again")  # fmt: skip
+        if part:
+            network.load_state_dict(part)
     return encoder, align.eval(), tower
 
 

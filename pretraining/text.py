@@ -7,8 +7,8 @@ Only the text tower is ever built. The hub's cache is asked first; without netwo
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
-import json
 import pickle
 import re
 import threading
@@ -27,16 +27,28 @@ from open_clip.hf_configs import arch_dict
 from open_clip.model import convert_to_custom_text_state_dict
 from open_clip.tokenizer import HFTokenizer
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from nnunet_fratmae.base.command import UserError
+from nnunet_fratmae.base.jsons import read_object
+from nnunet_fratmae.base.weights import check_finite, is_torchscript, read_checkpoint, read_safetensors
 
 WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors", "open_clip_pytorch_model.bin")
 HF_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 CONFIGS = ("open_clip_config.json", "config.json")
 TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json")
 NO_VISION = {"image_size": 1, "patch_size": 1, "width": 64, "layers": 0}  # open_clip builds no text tower alone
+TOKENIZER_OPTIONS = ("clean", "strip_sep_token", "language", "use_fast")
+"""What a configuration may tell a tokenizer; trust_remote_code, cache_dir and the like are the user's."""
+CODE_KEYS = {"trust_remote_code", "auto_map", "hf_trust_remote_code", "custom_pipelines"}
+"""Keys with which a configuration asks for code that lies beside it or on the hub."""
+MOST_BYTES = 16 * 2**20  # of a configuration; that of a tokenizer lists added words
+MOST_SIZES = {
+    "embed_dim": 8192, "context_length": 8192, "vocab_size": 2**20, "width": 8192, "heads": 256, "layers": 200,
+    "hidden_size": 8192, "num_hidden_layers": 200, "num_attention_heads": 256, "intermediate_size": 2**16,
+    "max_position_embeddings": 2**16, "type_vocab_size": 2**16,
+}  # fmt: skip
+"""Of a text tower; open_clip's largest has 1,280 numbers, 32 layers and 256,300 words."""
 ENCODERS = ("bert", "roberta", "xlm-roberta")
 REACH_SECONDS = 3
 UNREADABLE = (OSError, RuntimeError, ValueError, KeyError, TypeError, EOFError, AttributeError, zipfile.BadZipFile,
@@ -151,10 +163,9 @@ def _refuse_plain_gelu(model: str, weights: str) -> None:
 def _from_folder(folder: Path, tower: str, name: str) -> TextTower:
     """A folder of open_clip (open_clip_config.json) or of a Hugging Face text model (config.json)."""
     if (folder / CONFIGS[0]).is_file():
-        try:
-            config = json.loads((folder / CONFIGS[0]).read_text(encoding="utf-8"))["model_cfg"]
-        except UNREADABLE:
-            raise UserError(f"{folder / CONFIGS[0]}: is not a configuration of open_clip (no model_cfg)") from None
+        config = _read_config(folder / CONFIGS[0]).get("model_cfg")
+        if not isinstance(config, dict) or not isinstance(config.get("text_cfg"), dict):
+            raise UserError(f"{folder / CONFIGS[0]}: is not a configuration of open_clip (no model_cfg)")
         path = next((folder / file for file in WEIGHTS if (folder / file).is_file()), None)
         if path is None:
             raise UserError(f"text tower {tower}: no weights in the folder ({' or '.join(WEIGHTS)})")
@@ -173,26 +184,34 @@ def _clip_text(config: dict[str, Any], folder: Path | None, tower: str) -> tuple
     are there, else from the hub.
     """
     text_config = dict(config["text_cfg"])
+    _check_sizes(text_config | {"embed_dim": config.get("embed_dim")}, tower)
     length = text_config.get("context_length", open_clip.tokenizer.DEFAULT_CONTEXT_LENGTH)
     options = text_config.get("tokenizer_kwargs") or {}
+    if strange := sorted(set(options) - set(TOKENIZER_OPTIONS)) if isinstance(options, dict) else ["no options"]:
+        raise UserError(f"text tower {tower}: its configuration gives the tokenizer {', '.join(strange)[:80]}; only "
+                        f"{', '.join(TOKENIZER_OPTIONS)} are taken, since others could run code")  # fmt: skip
     model, vocabulary = text_config.get("hf_model_name"), text_config.get("hf_tokenizer_name")
     with _hub(tower):
         if model:
             _need_transformers(tower)
             is_there = folder and _model_type(folder) in arch_dict
             source = folder if is_there else _hub_folder(model, CONFIGS[1:])
+            _check_folder(source)
             text_config |= {"hf_model_name": str(source), "hf_model_pretrained": False}
         if vocabulary:
             _need_transformers(tower)
             is_there = folder and any((folder / file).is_file() for file in TOKENIZERS)
-            vocabulary = str(folder if is_there else _hub_folder(vocabulary, TOKENIZERS))
+            vocabulary = folder if is_there else _hub_folder(vocabulary, TOKENIZERS)
+            _check_folder(vocabulary)
     with _reading(f"text tower {tower}: its configuration"):
         clip = open_clip.CustomTextCLIP(
             config["embed_dim"], NO_VISION, text_config, quick_gelu=config.get("quick_gelu", False)
         )
         if vocabulary:
             mode = text_config.get("tokenizer_mode")
-            tokenizer = HFTokenizer(vocabulary, context_length=length, tokenizer_mode=mode, **options)
+            tokenizer = HFTokenizer(
+                str(vocabulary), context_length=length, tokenizer_mode=mode, trust_remote_code=False, **options
+            )
         else:
             tokenizer = open_clip.SimpleTokenizer(context_length=length, **options)
     return clip.text, tokenizer
@@ -200,34 +219,46 @@ def _clip_text(config: dict[str, Any], folder: Path | None, tower: str) -> tuple
 
 def _load_text(text: nn.Module, path: Path, tower: str, is_quick: bool) -> None:
     """Load the text weights of a CLIP checkpoint; every weight of the tower must be there, and no other."""
+    if is_torchscript(path):
+        state = _of_openai(path, tower, is_quick)
+    elif path.suffix == ".safetensors":
+        state = read_safetensors(path)
+    else:
+        state = read_checkpoint(path)
     with _reading(f"{path}"):
-        if _is_archive(path):  # OpenAI's own files are TorchScript
-            if not is_quick:
-                _refuse_plain_gelu(tower, path.name)
-            state = torch.jit.load(path, map_location="cpu").state_dict()
-        elif path.suffix == ".safetensors":
-            state = load_file(path)
-        else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-            state = state.get("state_dict", state)  # of a training run
+        state = state.get("state_dict", state)  # of a training run
         state = {name.removeprefix("module."): value for name, value in state.items()}
         if "positional_embedding" in state:
             state = convert_to_custom_text_state_dict(state)
-    state = {name.removeprefix("text."): value for name, value in state.items() if name.startswith("text.")}
-    state.pop("transformer.embeddings.position_ids", None)  # written by transformers before 4.31, a constant
-    wanted = text.state_dict()
-    fitting = sum(name in state and state[name].shape == value.shape for name, value in wanted.items())
+        state = {name.removeprefix("text."): value for name, value in state.items() if name.startswith("text.")}
+        state.pop("transformer.embeddings.position_ids", None)  # written by transformers before 4.31, a constant
+        wanted = text.state_dict()
+        fitting = sum(name in state and state[name].shape == value.shape for name, value in wanted.items())
     if fitting < len(wanted) or len(state) > len(wanted):
         raise UserError(f"{path}: is not a checkpoint of {tower}; {fitting} of the {len(wanted)} weights of its text "
                         f"tower fit, and the file has {len(state)}")  # fmt: skip
+    check_finite(state, path)
     text.load_state_dict(state)
 
 
-def _is_archive(path: Path) -> bool:
-    if not zipfile.is_zipfile(path):
-        return False
-    with zipfile.ZipFile(path) as file:
-        return any(name.endswith("/constants.pkl") for name in file.namelist())
+def _of_openai(path: Path, tower: str, is_quick: bool) -> dict[str, Tensor]:
+    """The weights of a TorchScript archive, if it is, byte for byte, one that OpenAI gave out.
+
+    Such an archive is a program, which torch.jit.load runs: it may write and overwrite files. OpenAI's are known by
+    their SHA-256, which open_clip has in their addresses.
+
+    Raises:
+        UserError: it is another, or the tower has no QuickGELU.
+    """
+    if not is_quick:
+        _refuse_plain_gelu(tower, path.name)
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    addresses = [tags.get("openai", {}).get("url", "") for tags in open_clip.pretrained._PRETRAINED.values()]
+    if not any(f"/{digest}/" in address for address in addresses):
+        raise UserError(f"{path}: is a TorchScript archive, which is a program, and was not run; save its weights as "
+                        ".safetensors where you trust it, or for OpenAI's say pretrain.text_weights=openai")
+    with _reading(f"{path}"):
+        return torch.jit.load(path, map_location="cpu").state_dict()
 
 
 # ----------------------------------------------------------------------------------------------------- Hugging Face
@@ -242,24 +273,60 @@ def _hugging_face_text(folder: Path, tower: str) -> tuple[nn.Module, Callable]:
         raise UserError(f"text tower {tower}: model_type {kind!r} cannot be used; it must be {', '.join(ENCODERS)}")
     if not any((folder / file).is_file() for file in TOKENIZERS):
         raise UserError(f"text tower {tower}: no tokenizer in the folder ({', '.join(TOKENIZERS)})")
+    _check_folder(folder)
     with _reading(f"text tower {tower}: the model"), _quiet_transformers():
-        width = json.loads((folder / CONFIGS[1]).read_text(encoding="utf-8"))["hidden_size"]
+        width = _read_config(folder / CONFIGS[1])["hidden_size"]
         text = HFTextEncoder(str(folder), output_dim=width, pooler_type="mean_pooler", pretrained=False)
         text.transformer, found = type(text.transformer).from_pretrained(
-            folder, add_pooling_layer=False, output_loading_info=True
+            folder, add_pooling_layer=False, output_loading_info=True, trust_remote_code=False
         )
-        tokenizer = HFTokenizer(str(folder))
+        tokenizer = HFTokenizer(str(folder), trust_remote_code=False)
     if found["missing_keys"]:
         raise UserError(f"text tower {tower}: the weights are of another model; {len(found['missing_keys'])} of "
                         f"{len(text.transformer.state_dict())} are missing")  # fmt: skip
+    check_finite(text.state_dict(), folder)
     return text.float(), tokenizer
 
 
 def _model_type(folder: Path) -> str | None:
-    try:
-        return json.loads((folder / CONFIGS[1]).read_text(encoding="utf-8")).get("model_type")
-    except (OSError, ValueError, AttributeError):
-        return None
+    return _read_config(folder / CONFIGS[1]).get("model_type") if (folder / CONFIGS[1]).is_file() else None
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    """A configuration that comes with weights.
+
+    Raises:
+        UserError: it is none, or wants to run code of its own.
+    """
+    config = read_object(path, "copy the text tower again, or take another", MOST_BYTES)
+    if wanted := sorted(_keys(config) & CODE_KEYS):
+        raise UserError(f"{path}: asks for code from elsewhere ({', '.join(wanted)}), which is never run here; take a "
+                        "text tower without")  # fmt: skip
+    return config
+
+
+def _keys(value: Any) -> set[str]:
+    """All keys of JSON that have a value, on every level."""
+    if isinstance(value, dict):
+        return {key for key in value if value[key]}.union(*map(_keys, value.values()))
+    return set().union(*map(_keys, value)) if isinstance(value, list) else set()
+
+
+def _check_folder(folder: Path) -> None:
+    """Raises UserError where a configuration of transformers in the folder wants to run code, or is of no size."""
+    for name in (CONFIGS[1], "tokenizer_config.json"):
+        if (folder / name).is_file():
+            config = _read_config(folder / name)
+            if name == CONFIGS[1]:
+                _check_sizes(config, str(folder))
+
+
+def _check_sizes(config: dict[str, Any], tower: str) -> None:
+    """Raises UserError where a configuration would build a network larger than any text tower's."""
+    for name, most in MOST_SIZES.items():
+        if name in config and not (type(config[name]) is int and 0 < config[name] <= most):
+            raise UserError(f"text tower {tower}: its configuration has {name} {str(config[name])[:20]}, it must be a "
+                            f"whole number from 1 to {most}")  # fmt: skip
 
 
 @contextmanager

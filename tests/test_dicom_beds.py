@@ -221,6 +221,15 @@ def test_an_end_slice_that_cannot_be_read_fails_its_case(trial, what, where):
     assert "1 file beside its slices cannot be read" in output
 
 
+def test_contours_that_cannot_be_read_are_told(trial):
+    write_patient(trial.input / "one", "1")
+    file = trial.input / "one" / "c" / "RS1"
+    file.write_bytes(file.read_bytes()[:400])
+    trial.convert(fails=True)  # the case is there, without its lesions; the exit code tells
+    row = trial.report(trial.case("1"))
+    assert (row["status"], row["part"]) == ("done", "Pt") and "if contours are among them" in row["notes"]
+
+
 def test_what_is_no_slice_does_no_harm(trial):
     """What lies on the CDs of a PACS beside the images, and in their folders."""
     write_patient(trial.input / "one", "1")

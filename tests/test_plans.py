@@ -331,3 +331,51 @@ def test_absent_and_unreadable_artefacts_are_refused(tmp_path):
     (folder / "encoders.json").write_text("{")
     with pytest.raises(UserError, match="no readable contract"):
         read_contract(folder / "encoders.safetensors")
+
+
+@pytest.mark.parametrize(
+    "changes, says",
+    [
+        ({"embed_dim": "192"}, "embed_dim"),
+        ({"depth": True}, "depth"),
+        ({"patch": [32, 48]}, "patch"),
+        ({"patch": [4, 8, 10**9]}, "tokens"),
+        ({"grid": [10**9, 48, 64]}, "grid"),
+        ({"grid": [40, 48, 1e400]}, "grid"),
+        ({"patch": [33, 48, 64]}, "no multiple of token_patch"),
+        ({"patch": [64, 48, 64]}, "does not fit in grid"),
+        ({"k": 0}, "k is 0"),
+        ({"datasets": ["a"]}, "datasets"),
+        ({"datasets": None}, "datasets"),
+        ({"software": []}, "software"),
+        ({"method": "other"}, "method"),
+        ({"stack": ["coronal"]}, "stack"),
+        ({"preset": {}}, "preset"),
+        ({"text_tower": "x" * 10**5}, "text_tower"),
+        ({"format": 2}, "no FratMAE encoder pair"),
+    ],
+)
+def test_every_part_of_a_contract_is_checked(tmp_path, changes, says):
+    with pytest.raises(UserError, match=says) as error:
+        read_contract(write_artefact(tmp_path / "a", **changes))
+    assert "\n" not in str(error.value) and len(str(error.value)) < 600
+
+
+@pytest.mark.parametrize(
+    "content", [b"\xff\xfe{}", b'{"a":' * 10**5, b'{"k": 1, "k": 2}', b"[]", b"7", b"{}", b"", b" " * (2**20 + 1)]
+)
+def test_a_contract_that_is_none_is_one_line(tmp_path, content):
+    folder = write_artefact(tmp_path / "a")
+    (folder / "encoders.json").write_bytes(content)
+    with pytest.raises(UserError, match="encoders.json") as error:
+        read_contract(folder)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 400
+
+
+def test_a_contract_without_a_part_says_which(tmp_path):
+    folder = write_artefact(tmp_path / "a")
+    content = json.loads((folder / "encoders.json").read_text())
+    del content["grid"], content["software"]
+    (folder / "encoders.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match="grid, software missing"):
+        read_contract(folder)

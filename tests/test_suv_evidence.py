@@ -146,7 +146,7 @@ def test_contradictions_are_refused(says, options, named):
 @pytest.mark.parametrize("minutes", [70, 80, 90])
 @pytest.mark.parametrize("exported", [(0,), (0, 1, 2, 3)])
 def test_frames_that_count_from_the_injection(minutes, exported):
-    """SeriesTime and acquisition agree; FrameReferenceTime of 70 to 90 min counts from the injection, and that is said."""
+    """SeriesTime and acquisition agree; FrameReferenceTime of 70 to 90 min counts from the injection: said."""
     headers = beds(["series"], uptake=60 * minutes, exported=exported)
     for bed, one in zip(exported, headers, strict=True):
         one.FrameReferenceTime = 1000 * (60 * minutes + bed * 125 + 60)

@@ -3,6 +3,7 @@ user may give that is wrong."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import time
 from pathlib import Path
@@ -172,17 +173,30 @@ def test_weights_of_another_network_and_damaged_ones(tmp_path):
         refusal("tiny", str(path))
 
 
-def test_quickgelu(tmp_path):
+def test_quickgelu(tmp_path, monkeypatch):
     """Weights of OpenAI, by tag or as the TorchScript archive that OpenAI gives out, need QuickGELU."""
     assert "say ViT-B-32-quickgelu" in refusal("ViT-B-32", "openai")
     assert "say ViT-B-32-quickgelu" in refusal("ViT-B/32", "openai")
     model = clip("tiny-quickgelu")
-    torch.jit.save(torch.jit.script(model), tmp_path / "archive.pt")
-    assert "say tiny-quickgelu" in refusal("tiny", str(tmp_path / "archive.pt"))
-    tower = load_tower("tiny-quickgelu", str(tmp_path / "archive.pt"))
+    archive = tmp_path / "archive.pt"
+    torch.jit.save(torch.jit.script(model), archive)
+    assert "say tiny-quickgelu" in refusal("tiny", str(archive))
+    assert "TorchScript archive, which is a program, and was not run" in refusal("tiny-quickgelu", str(archive))
+    digest = hashlib.sha256(archive.read_bytes()).hexdigest()  # as if OpenAI had given it out
+    tags = {"openai": {"url": f"https://openaipublic.azureedge.net/clip/models/{digest}/archive.pt"}}
+    monkeypatch.setitem(open_clip.pretrained._PRETRAINED, "tiny-quickgelu", tags)
+    tower = load_tower("tiny-quickgelu", str(archive))
     torch.testing.assert_close(
         tower.encode(PROMPTS), model.encode_text(open_clip.get_tokenizer("tiny-quickgelu")(PROMPTS))
     )
+
+
+@pytest.mark.parametrize("name, value", [("layers", 10**9), ("width", -3), ("vocab_size", 2**40), ("heads", "8")])
+def test_a_tower_of_no_size_is_refused_before_it_is_built(tmp_path, name, value):
+    config = TINY | {"text_cfg": TINY["text_cfg"] | {name: value}}
+    (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": config}))
+    _saved({}, tmp_path / "open_clip_pytorch_model.bin")
+    assert f"has {name} {value}" in refusal(str(tmp_path), None)
 
 
 def test_without_network_it_says_so_at_once(no_hub, monkeypatch):

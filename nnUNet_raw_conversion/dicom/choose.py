@@ -15,7 +15,7 @@ from pathlib import Path
 import pydicom
 
 from nnunet_fratmae.base.command import UserError
-from nnUNet_raw_conversion.dicom.beds import axial_range, normal_of, with_beds
+from nnUNet_raw_conversion.dicom.beds import axial_range, kind_of, normal_of, with_beds
 from nnUNet_raw_conversion.dicom.index import Series, read_header
 
 _NAC = re.compile(
@@ -74,7 +74,7 @@ def choose_pet(series: Sequence[Series]) -> tuple[Series, str]:
              for one in others if one not in joined]  # fmt: skip
     corrected = "ATTN" in _values(best.header, "CorrectedImage") or best.header.get("AttenuationCorrectionMethod")
     said = "" if corrected else "; the header does not say whether it is attenuation-corrected"
-    return replace(whole, remarks=(*_joined(best, joined), *apart)), _said(best, said, left)
+    return replace(whole, remarks=(*best.remarks, *_joined(best, joined), *apart)), _said(best, said, left)
 
 
 def usable_cts(
@@ -219,7 +219,7 @@ def _joined(best: Series, joined: Sequence[Series]) -> list[str]:
         return []
     labels = ", ".join(f"'{label(one)}'" for one in (best, *joined))
     frames = " of several frames of reference" if len({one.frame_uid for one in (best, *joined)}) > 1 else ""
-    return [f"{best.modality} joined from {1 + len(joined)} series{frames} that continue each other: {labels}"]
+    return [f"{kind_of(best)} joined from {1 + len(joined)} series{frames} that continue each other: {labels}"]
 
 
 def _too_few(series: Series) -> str | None:

@@ -195,11 +195,17 @@ def _with_lost(series: list[Series], bad: dict[Path, str], strange: list[Path]) 
         if not file.name.startswith(".") and sum(names.get((file.parent, _pattern(file)), {}).values()) > 1:
             bad[file] = ""
     lost: Counter[int] = Counter()
+    beside: Counter[int] = Counter()
     for file, modality in bad.items():
         here = [i for i in images.get(file.parent, ()) if modality in ("", series[i].modality)]
         called_so = [i for i in here if i in names.get((file.parent, _pattern(file)), {})]
         lost.update(called_so or here)
-    return [replace(one, lost=lost[i]) if lost[i] else one for i, one in enumerate(series)]
+        if not images.get(file.parent):  # in a folder of its own, as contours are
+            near = {i for folder, found in images.items() if folder.parent == file.parent.parent for i in found}
+            beside.update(near if len({series[i].patient for i in near}) == 1 else ())
+    said = "{} DICOM files in folders beside the images cannot be read; if contours are among them, copy them again"
+    return [replace(one, lost=lost[i], remarks=(said.format(beside[i]),) if beside[i] else ())
+            for i, one in enumerate(series)]  # fmt: skip
 
 
 def _pattern(file: Path) -> str:

@@ -56,9 +56,13 @@ class _Found:
 
 
 def read_lesions(
-    files: Sequence[tuple[str, Path]], pet: sitk.Image, frame_uid: str, pattern: str | None = None,
-    believed: Collection[Path] = (), secrets: frozenset[str] = frozenset(),
-) -> tuple[sitk.Image, list[RoiRow]]:  # fmt: skip
+    files: Sequence[tuple[str, Path]],
+    pet: sitk.Image,
+    frame_uid: str,
+    pattern: str | None = None,
+    believed: Collection[Path] = (),
+    secrets: frozenset[str] = frozenset(),
+) -> tuple[sitk.Image, list[RoiRow]]:
     """The union of the lesion ROIs of all files, 0 and 1 (uint8) on the grid of the PET, and a row for every ROI.
 
     Args:

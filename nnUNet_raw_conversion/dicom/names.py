@@ -11,6 +11,7 @@ import re
 from collections.abc import Sequence
 from enum import Enum
 
+import regex
 from pydicom import Dataset
 from pydicom.sr.codedict import codes
 from pydicom.sr.coding import Code
@@ -30,6 +31,9 @@ from nnUNet_raw_conversion.vocabulary import (
     known_parts,
     repaired,
 )
+
+LONGEST_SEARCH_S = 1.0
+"""For one name of an ROI: a usual expression takes some microseconds. Python's own `re` cannot be stopped."""
 
 
 class Kind(Enum):
@@ -140,20 +144,13 @@ def select_rois(
     if pattern is None:
         found = [kind_of(name, kind) for name, kind in zip(names, kinds or [""] * len(names), strict=True)]
         if unknown := [text for text, kind in zip(said, found, strict=True) if kind is Kind.UNKNOWN]:
-            raise UserError(
-                f"{_listed(unknown)}: not known whether "
-                f"{'this is a lesion' if len(unknown) == 1 else 'these are lesions'} (words that are not known are "
-                "shown as …); look up the number in the file, and say which ROIs are lesions by --lesion-roi, as in "
-                "--lesion-roi 'gtv|lesion'",
-                "ROI_UNKNOWN",
-            )
+            these = "this is a lesion" if len(unknown) == 1 else "these are lesions"
+            raise UserError(f"{_listed(unknown)}: not known whether {these} (words that are not known are shown as …); "
+                            "look up the number in the file, and say which ROIs are lesions by --lesion-roi, as in "
+                            "--lesion-roi 'gtv|lesion'", "ROI_UNKNOWN")  # fmt: skip
         chosen = [kind is Kind.LESION for kind in found]
     else:
-        try:
-            expression = re.compile(pattern, re.IGNORECASE)
-        except re.error as error:
-            raise UserError(f"--lesion-roi {pattern!r}: is no regular expression ({error})") from None
-        chosen = [expression.search(name) is not None for name in names]
+        chosen = _fitting(pattern, names)
     if not any(chosen):
         how = "is known as a lesion; name it by" if pattern is None else f"fits {pattern!r}; change"
         listed = ", ".join(said[:20]) + (", ..." if len(said) > 20 else "")
@@ -207,3 +204,19 @@ def _code(segment: Dataset, keyword: str) -> Code | None:
 def _listed(said: list[str]) -> str:
     shown = ", ".join(said[:20]) + (", ..." if len(said) > 20 else "")
     return f"ROI {shown}" if len(said) == 1 else f"ROIs {shown}"
+
+
+def _fitting(pattern: str, names: Sequence[str]) -> list[bool]:
+    """In which names the regular expression is found, upper or lower case alike.
+
+    Raises:
+        UserError: it is none, or one that takes for ever, as (a|a)*b does in "aaaa...".
+    """
+    try:
+        expression = regex.compile(pattern, regex.IGNORECASE)
+        return [expression.search(name, timeout=LONGEST_SEARCH_S) is not None for name in names]
+    except regex.error as error:
+        raise UserError(f"--lesion-roi {pattern!r}: is no regular expression ({error})", "ROI_PATTERN") from None
+    except TimeoutError:
+        raise UserError(f"--lesion-roi {pattern!r}: takes more than {LONGEST_SEARCH_S:g} s for one name; say it "
+                        "without repeats within repeats, as (a+)+", "ROI_PATTERN") from None  # fmt: skip

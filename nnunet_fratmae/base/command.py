@@ -40,7 +40,7 @@ def run_command(parser: argparse.ArgumentParser, main: Callable[[argparse.Namesp
     except UserError as error:
         if args.debug:
             raise
-        sys.exit(f"{parser.prog}: error: {error}")
+        sys.exit(f"{parser.prog}: error: {cause(error)}")
     except KeyboardInterrupt:
         if args.debug:
             raise
@@ -125,8 +125,19 @@ def dataset_number(name: str) -> int:
 
 
 def check_device(device: str) -> None:
-    """Raises UserError where `-device` is "cuda" and torch finds no GPU."""
+    """Raises UserError where `-device` is "cuda" or "mps" (a GPU of Apple) and torch finds none."""
     import torch  # it takes seconds, and most commands do without
 
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("-device cuda: no GPU can be used here; say -device cpu")
+    if device == "mps" and not torch.backends.mps.is_available():
+        raise UserError("-device mps: no GPU of Apple can be used here; say -device cpu")
+
+
+def cause(error: BaseException) -> str:
+    """What an error says on one line; of one that torch's DataLoader brings from another process, what it said there
+    (torch puts the traceback around it)."""
+    text = str(error)
+    if text.startswith("Caught "):
+        text = re.split(r"(?m)^(?:[\w.]+\.)?(?:UserError|\w+Error): ", text)[-1]
+    return " ".join(text.split())
