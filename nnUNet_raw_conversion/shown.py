@@ -90,11 +90,11 @@ def secrets_of(headers: Iterable[Dataset]) -> frozenset[str]:
         warnings.simplefilter("ignore")  # they may quote what is in the headers
         for header in headers:
             for element in _elements(header):
-                if element.VR == "PN":
+                if element.VR == "PN" or element.keyword == "PatientID":
                     named |= _words(str(element.value))
                 elif element.keyword and _IDENTIFIERS.search(element.keyword):
                     numbered |= _words(str(element.value))
-    # A patient may be called Bone; but no station or number called PET tells who it is
+    # A patient may be called Bone; but no station or request called PET tells who it is
     secrets = (named - _NOBODY) | {word for word in numbered if not known_parts(word)}
     return frozenset(word for word in secrets if len(word) >= _LEAST_SECRET)
 
