@@ -43,13 +43,13 @@ class Bounds:
         if self.below is not None and not ((self.least or 0) <= value < self.below and value != self.above):
             low = "lie between" if self.above is not None else "be at least"
             link = "and" if self.above is not None else "and below"
-            return f"must {low} {self.above or self.least or 0:g} {link} {self.below:g}"
+            return f"must {low} {self.above or self.least or 0:.12g} {link} {self.below:.12g}"
         if self.above is not None and value <= self.above:
-            return f"must be above {self.above:g}"
+            return f"must be above {self.above:.12g}"
         if self.least is not None and value < self.least:
-            return "must not be negative" if self.least == 0 else f"must be at least {self.least:g}"
+            return "must not be negative" if self.least == 0 else f"must be at least {self.least:.12g}"
         if self.most is not None and value > self.most:
-            return f"must be at most {self.most:g}"
+            return f"must be at most {self.most:.12g}"
         return None
 
 

@@ -28,7 +28,7 @@ from plans.extension import (
     training_memory,
 )
 from plans.fields import require
-from plans.preprocessed import PLANS_NAME, check_split_cases, check_splits, planning, read_json, replaced
+from plans.preprocessed import FOLDS, PLANS_NAME, check_split_cases, check_splits, planning, read_json, replaced
 from plans.reader import check_names, check_plans, check_settings, check_whole_body, resolve
 from plans.settings import Settings, add_arguments, override
 
@@ -163,13 +163,11 @@ def plan_and_preprocess(raw: Path, settings: Settings, processes: int) -> None:
     # Here and not above: nnU-Net and torch take seconds to import, and an error above should not
     from nnunetv2.experiment_planning.plan_and_preprocess_api import extract_fingerprint_dataset
 
-    from plans.inputs import check_dataset_images
     from plans.planner import FratMAEPlanner, plan_unlabelled
 
     dataset_json, studies = _open(raw, processes)
     preprocessed = nnunet_folder("nnUNet_preprocessed") / raw.name
     find_channels(dataset_json, settings.modalities)
-    check_dataset_images(studies, dataset_json, processes)
     labelled = count_labelled(studies)
     print(f"{raw.name}: {labelled} labelled and {len(studies) - labelled} unlabelled studies")
     with planning(preprocessed):
@@ -194,6 +192,7 @@ def _open(raw: Path, processes: int) -> tuple[dict[str, Any], Studies]:
     check_splits(raw)
 
     from plans.dataset_checks import check_studies
+    from plans.inputs import check_dataset_images
     from plans.wholebody import list_studies
 
     studies = list_studies(raw, dataset_json)
@@ -202,6 +201,7 @@ def _open(raw: Path, processes: int) -> tuple[dict[str, Any], Studies]:
     for folder in (raw, nnunet_folder("nnUNet_preprocessed") / raw.name):
         check_split_cases(folder / "splits_final.json", studies, f"studies of {raw}")
     check_studies(raw, studies, dataset_json, processes)
+    check_dataset_images(studies, dataset_json, processes)
     return dataset_json, studies
 
 
@@ -302,5 +302,10 @@ def _summary(preprocessed: Path, plans: dict[str, Any], dataset_json: dict[str, 
             print(f"              the network sees {settings.modalities} alone (modalities)")
     steps = [f"fratmae_pretrain -d {dataset_id}"] if has_both else []
     if labelled:
-        steps.append(f"nnUNetv2_train {dataset_id} 3d_fullres 0 -tr FratMAETrainer -p {plans['plans_name']}")
+        few = labelled < FOLDS and not (preprocessed / "splits_final.json").is_file()
+        if few:
+            print(f"  NOTE: {labelled} labelled cases are too few for nnU-Net's {FOLDS} folds; train on all of them, "
+                  "or write folds of your own to splits_final.json")  # fmt: skip
+        fold = "all" if few else 0
+        steps.append(f"nnUNetv2_train {dataset_id} 3d_fullres {fold} -tr FratMAETrainer -p {plans['plans_name']}")
     print("next: " + "\n  or: ".join(steps))

@@ -36,7 +36,7 @@ def read_json(path: Path) -> Any:
     except FileNotFoundError:
         raise UserError(f"{path} is not there; put it back, or plan again (fratmae_plan_and_preprocess)") from None
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: is no JSON ({error}); mend it there, or plan again without it") from None
+        raise UserError(f"{path}: is no JSON ({error}); mend it there, or have it written again") from None
 
 
 def read_splits(path: Path) -> list[dict[str, list[str]]]:

@@ -30,6 +30,7 @@ from plans.settings import (
 
 OURS = "nnunet_fratmae.networks."
 SPATIAL = ("3d_fullres", "wholebody")  # the configurations that our commands read
+CLASSIFIERS = {"FratMAEStaging": "classes", "FratMAEJoint": "stages"}  # networks, and the argument for their classes
 NAMES = ("plans_name", "dataset_name")  # of files and folders; a model folder does without them
 INTENSITIES = ("mean", "std", "percentile_00_5", "percentile_99_5")
 CLASS_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
@@ -231,6 +232,9 @@ def _check_configuration(config: dict[str, Any], field: str, where: str) -> None
             imported = architecture.get("_kw_requires_import", [])
             require(imported == [], f"{where}: {field}.architecture._kw_requires_import={shown(imported)}: must be []")
             check_network(kwargs, f"{field}.architecture.arch_kwargs", where)
+            for class_name, needed in CLASSIFIERS.items():
+                if network.endswith(class_name):
+                    _need(kwargs, needed, where, f"{field}.architecture.arch_kwargs")
 
 
 def _check_channels(
@@ -298,7 +302,7 @@ def check_network(kwargs: dict[str, Any], field: str, where: str) -> None:
     if kwargs.get("strides") is not None:
         _check_strides(kwargs["strides"], token, f"{field}.strides", where)
     stages = _dict(kwargs.get("stages", {}), where, f"{field}.stages")
-    if stages:
+    if "stages" in kwargs:
         seen = _numbers(_need(stages, "patch_size", where, f"{field}.stages"), SIDE, where,
                         f"{field}.stages.patch_size", whole=True, number=3)  # fmt: skip
         check_voxels(f"{where}: {field}.stages.patch_size", seen)

@@ -250,8 +250,8 @@ def test_file_cut_within_its_header(tmp_path):
 def test_scan_groups_by_uids_whatever_the_layout(tmp_path, capfd):
     write_ct(tmp_path / "x" / NAME, names="{}", shape=(5, 6, 7))
     write_pet(tmp_path / "x" / NAME, names="{}.IMA", shape=(4, 6, 7))
-    other = write_pet(tmp_path / "deep" / "er", patient="other", date="20200101", shape=(3, 6, 7),
-                      SeriesDescription=f"PET {NAME} other WB_(AC)" + " x" * 20)  # fmt: skip
+    other = write_pet(tmp_path / "deep" / "er", patient="Zqvwk", date="20200101", shape=(3, 6, 7),
+                      SeriesDescription=f"PET {NAME} Zqvwk WB_(AC)" + " x" * 20)  # fmt: skip
     (tmp_path / "x" / "moved").mkdir()
     other[1].rename(tmp_path / "x" / "moved" / "file")
     (tmp_path / "notes.txt").write_text("no DICOM")
@@ -264,7 +264,7 @@ def test_scan_groups_by_uids_whatever_the_layout(tmp_path, capfd):
     found, unreadable = scan(tmp_path, progress=False)
     assert unreadable == 0
     assert [(s.modality, s.patient, s.date, len(s.files)) for s in found] == [
-        ("CT", PATIENT, "20210304", 5), ("PT", PATIENT, "20210304", 4), ("PT", "other", "20200101", 3)]  # fmt: skip
+        ("CT", PATIENT, "20210304", 5), ("PT", PATIENT, "20210304", 4), ("PT", "Zqvwk", "20200101", 3)]  # fmt: skip
     ct, pet, _ = found
     assert ct.frame_uid == pet.frame_uid and ct.study_uid == pet.study_uid and ct.series_uid != pet.series_uid
     assert found[2].description == "PET WB AC" + " x" * 15  # without name, ID, punctuation; at most 40 characters

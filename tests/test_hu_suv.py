@@ -95,6 +95,7 @@ def test_the_message_says_what_was_found(phantoms):
         (1.6, 0.3, {}, 1),  # fluciclovine
         (1.1, 0.5, {}, 0),  # FAPI, FET
         (1.0, 1.0, {}, 0),  # spread evenly, as water is: 1 by definition
+        (1.7, 1.7, {"hot": 0.02}, 1),  # a test object with an even uptake and any weight
         (0.8, 0.9, {"hot": 0.1}, 0),  # brown fat
         (0.15, 0.08, {"hot": 0.1, "lesion": 12}, 0),  # PSMA superscan: the tumour takes it all
         (0.05, 0.02, {"hot": 0.02, "lesion": 30}, 0),  # DOTATATE, late

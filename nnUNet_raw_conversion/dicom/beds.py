@@ -40,6 +40,11 @@ def normal_of(series: Series) -> np.ndarray:
     return np.cross(axes[:3], axes[3:])
 
 
+def kind_of(series: Series) -> str:
+    """What users call it: PET or CT."""
+    return "PET" if series.modality == "PT" else series.modality
+
+
 def with_beds(best: Series, others: Sequence[Series]) -> tuple[Series, list[Series], list[str]]:
     """`best` with those of `others`, the preferred ones first, that continue it to one body; these; and a sentence for
     every one that shows more of the body and does not fit."""
@@ -58,7 +63,7 @@ def with_beds(best: Series, others: Sequence[Series]) -> tuple[Series, list[Seri
         beyond = max(other_high - high, low - other_low)
         why = "" if one in joined else _unfit(one, whole, normal)
         if why and beyond > WORTH_A_WORD * (high - low):
-            said.append(f"{best.modality} series '{one.description or 'no description'}' goes {beyond:.0f} mm beyond "
+            said.append(f"{kind_of(best)} series '{one.description or 'no description'}' goes {beyond:.0f} mm beyond "
                         f"the one that is taken and is not joined to it: {why}; is the body whole?")  # fmt: skip
     return whole, joined, said
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import pydicom
 
 from nnunet_fratmae.base.command import UserError
-from nnUNet_raw_conversion.dicom.beds import axial_range, normal_of, with_beds
+from nnUNet_raw_conversion.dicom.beds import axial_range, kind_of, normal_of, with_beds
 from nnUNet_raw_conversion.dicom.index import Series, read_header
 
 _NAC = re.compile(
@@ -62,7 +62,7 @@ def choose_pet(series: Sequence[Series]) -> tuple[Series, str]:
     best, *others = sorted(usable, key=rank, reverse=True)
     ranks = {id(one): rank(one) for one in usable}  # `rank` of what is joined would be another one
     alike = sorted((one for one in others if ranks[id(one)][1]), reverse=True, key=lambda one: (
-        ranks[id(one)][1:4] == ranks[id(best)][1:4], one.description == best.description, ranks[id(one)]))  # fmt: skip
+        ranks[id(one)][1:4] == ranks[id(best)][1:4], _text(one) == _text(best), ranks[id(one)]))  # fmt: skip
     whole, joined, apart = with_beds(best, alike)
     reasons = (
         "shorter",
@@ -219,7 +219,7 @@ def _joined(best: Series, joined: Sequence[Series]) -> list[str]:
         return []
     labels = ", ".join(f"'{label(one)}'" for one in (best, *joined))
     frames = " of several frames of reference" if len({one.frame_uid for one in (best, *joined)}) > 1 else ""
-    return [f"{best.modality} joined from {1 + len(joined)} series{frames} that continue each other: {labels}"]
+    return [f"{kind_of(best)} joined from {1 + len(joined)} series{frames} that continue each other: {labels}"]
 
 
 def _too_few(series: Series) -> str | None:

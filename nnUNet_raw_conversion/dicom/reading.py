@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import SimpleITK as sitk
 
 from nnunet_fratmae.base.command import UserError
-from nnUNet_raw_conversion.dicom.beds import join
+from nnUNet_raw_conversion.dicom.beds import join, kind_of
 from nnUNet_raw_conversion.dicom.choose import ENOUGH, choose_ct, coverage, label, same_frame
 from nnUNet_raw_conversion.dicom.index import Series
 from nnUNet_raw_conversion.dicom.overrides import SuvOverride
@@ -81,6 +81,6 @@ def refuse_lost(series: Series) -> None:
     stated = [series.header.get(keyword) for keyword in ("NumberOfSlices", "ImagesInAcquisition")]
     if series.lost and len(series.files) not in stated:
         files = "1 file" if series.lost == 1 else f"{series.lost} files"
-        raise UserError(f"{series.modality} series '{label(series)}': {files} beside its slices cannot be read and may "
+        raise UserError(f"{kind_of(series)} series '{label(series)}': {files} beside its slices cannot be read and may "
                         "be some of them; copy the study again, or remove what is none of its slices",
                         "SLICE_UNREADABLE")  # fmt: skip

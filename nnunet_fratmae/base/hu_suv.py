@@ -26,7 +26,9 @@ BODY_HU = -300  # above: body, without the lungs
 SOFT_HU, FAT_HU = (0, 90), (-140, -60)
 FEWEST_VOXELS = 50  # of a tissue that is looked at
 MOST_MUSCLE, MOST_FAT, MOST_BODY_MEAN = 1.25, 0.65, 1.4  # SUV, refused if all are exceeded; see above
-MOST_WITHOUT_FAT = 2.0  # of the soft tissue, where no fat is seen
+# Of the soft tissue, where no fat is seen, or none that takes up less. The median of fat is 0.25 to 0.93 of that of the
+# soft tissue in the real patients; a test object with an even uptake has 1, and any weight.
+MOST_WITHOUT_FAT, MOST_OF_SOFT = 2.0, 0.95
 ODD_MEAN = 2.2  # of the body
 # Without a CT the body is what has a quarter of the uptake of its hotter half. Its lowest quartile and median are
 # 0.25 to 0.99 and 0.38 to 1.66 in the same real boxes, 0.26 to 0.48 and 0.39 to 0.76 in the phantoms.
@@ -99,8 +101,8 @@ def check_pair(hu: np.ndarray, suv: np.ndarray) -> list[str]:
     soft, fat = (suv[(hu > low) & (hu < high)] for low, high in (SOFT_HU, FAT_HU))
     soft = soft if soft.size >= FEWEST_VOXELS else suv[body]
     muscle, mean = float(np.percentile(soft, 25)), float(suv[body].mean(dtype=float))
-    has_fat = fat.size >= FEWEST_VOXELS
-    fat_median = float(np.median(fat)) if has_fat else 0.0
+    fat_median = float(np.median(fat)) if fat.size >= FEWEST_VOXELS else np.inf
+    has_fat = fat_median < MOST_OF_SOFT * float(np.median(soft))
     too_high = muscle > MOST_MUSCLE and fat_median > MOST_FAT if has_fat else muscle > MOST_WITHOUT_FAT
     if too_high and mean > MOST_BODY_MEAN:
         tissues = f"{muscle:.2g} in muscle (0.3 to 0.9 is usual)" + f", {fat_median:.2g} in fat (0.2 to 0.6)" * has_fat
