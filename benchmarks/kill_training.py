@@ -79,9 +79,10 @@ def train(kind: str, more: list[str]) -> None:
 def start(kind: str, more: list[str], log: Path) -> int:
     """The number of a forked process that trains, so that nothing has to be imported again; its output is in `log`."""
     sys.stdout.flush()
+    log.write_text("")  # here, or what the last process said would be taken for what this one says
     if process := os.fork():
         return process
-    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    output = os.open(log, os.O_WRONLY)
     os.dup2(output, 1)
     os.dup2(output, 2)
     try:

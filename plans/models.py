@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from nnunet_fratmae.base.command import UserError
-from nnunet_fratmae.base.jsons import read_object
+from nnunet_fratmae.base.jsons import load_object
 from plans.extension import JOINT_NETWORK
 from plans.extension import NETWORK as SEGMENTATION_NETWORK
 from plans.reader import check_network
@@ -26,13 +26,14 @@ def read_model_files(folder: Path, kind: str) -> tuple[dict[str, Any], dict[str,
     Raises:
         UserError: one cannot be read, is of no model, or names a network that is not ours.
     """
-    plans, dataset_json = (read_object(folder / name, f"-m: give a folder {kind} of nnUNet_results")
-                           for name in ("plans.json", "dataset.json"))  # fmt: skip
+    try:
+        plans, dataset_json = (load_object(folder / name) for name in ("plans.json", "dataset.json"))
+    except ValueError as error:
+        raise UserError(f"-m {folder}: plans.json or dataset.json cannot be read ({error}); give a folder {kind} of "
+                        "nnUNet_results") from None  # fmt: skip
     where = f"-m {folder}: plans.json"
-    if not isinstance(plans.get("configurations"), dict):
+    if not isinstance(plans.setdefault("configurations", {}), dict):
         raise UserError(f"{where} has no configurations; give a folder {kind} of nnUNet_results")
-    if not isinstance(dataset_json.get("file_ending"), str) or not isinstance(dataset_json.get("labels", {}), dict):
-        raise UserError(f"-m {folder}: dataset.json has no file_ending or labels; copy the model folder again")
     for name, configuration in plans["configurations"].items():
         if not isinstance(configuration, dict):
             raise UserError(f"{where}, configuration {name[:40]}: must be {{...}}")

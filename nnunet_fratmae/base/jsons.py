@@ -18,8 +18,20 @@ def read_object(path: Path, way_out: str, most_bytes: int = MOST_BYTES) -> dict[
         way_out: what the user can do where it cannot be read, for the message.
 
     Raises:
-        UserError: not there, larger than `most_bytes`, no UTF-8, no JSON, nested too deeply, a key that is there twice
-            (readers would disagree which counts), or something else than an object.
+        UserError: as `load_object`.
+    """
+    try:
+        return load_object(path, most_bytes)
+    except ValueError as error:
+        raise UserError(f"{path}: cannot be read ({error}); {way_out}") from None
+
+
+def load_object(path: Path, most_bytes: int = MOST_BYTES) -> dict[str, Any]:
+    """The object {...} that a JSON file holds.
+
+    Raises:
+        ValueError: not there, larger than `most_bytes`, no UTF-8, no JSON, nested too deeply, a key that is there twice
+            (readers would disagree which counts), or something else than an object; the text is the reason.
     """
     try:
         with path.open("rb") as file:
@@ -27,19 +39,15 @@ def read_object(path: Path, way_out: str, most_bytes: int = MOST_BYTES) -> dict[
         if len(content) > most_bytes:
             raise ValueError(f"more than {most_bytes / 1e6:.0f} MB")
         found = json.loads(content.decode("utf-8"), object_pairs_hook=_unique)
-        if not isinstance(found, dict):
-            raise ValueError("not an object {...}")
     except OSError as error:
-        reason = error.strerror or type(error).__name__
+        raise ValueError(error.strerror or type(error).__name__) from None
     except UnicodeDecodeError:
-        reason = "its bytes are no UTF-8"
+        raise ValueError("its bytes are no UTF-8") from None
     except RecursionError:
-        reason = "nested too deeply"
-    except ValueError as error:  # JSONDecodeError is one
-        reason = str(error)
-    else:
-        return found
-    raise UserError(f"{path}: cannot be read ({reason}); {way_out}")
+        raise ValueError("nested too deeply") from None
+    if not isinstance(found, dict):
+        raise ValueError("not an object {...}")
+    return found
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -50,7 +50,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
             _check_archive(path)
         return _load(path)
     except Exception as error:  # noqa: BLE001 - unpickling raises anything
-        raise UserError(f"{path}: cannot be read {_reason(error)}") from None
+        raise UserError(f"{path}: cannot be read as weights {_reason(error)}") from None
 
 
 def read_safetensors(path: Path) -> dict[str, torch.Tensor]:
