@@ -11,6 +11,7 @@ import SimpleITK as sitk
 from scipy import ndimage
 
 from nnunet_fratmae.base.command import UserError
+from nnunet_fratmae.base.files import as_text
 
 # Headers are rounded to single precision and moved through quaternions; an offset of 1% of a PET voxel is none.
 GRID_TOLERANCE_MM = 0.05
@@ -33,7 +34,8 @@ def read_image(path: Path, called: str | None = None) -> sitk.Image:
     if not path.is_file():
         raise UserError(f"{name}: there is no such file; add it or correct its name")
     try:
-        image = sitk.ReadImage(str(path))
+        with as_text(path) as readable:
+            image = sitk.ReadImage(str(readable))
     except RuntimeError as error:
         # ITK's exceptions are many lines; the last one says what happened.
         reason = "" if called else f" ({str(error).strip().splitlines()[-1].split('): ')[-1]})"
