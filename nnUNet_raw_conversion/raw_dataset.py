@@ -25,7 +25,7 @@ PARTS = ("Tr", "Ts", "Pt")
 """ Labelled training cases, test cases (with or without labels), images for pretraining only (without)."""
 OPTIONS = "conversion_options.json"
 LOCK = ".lock"
-LARGEST_ID = 9999  # nnU-Net's names have three digits, and it finds its folders by more as well
+LARGEST_ID = 999  # nnU-Net takes Dataset1234_X for dataset 123 as well (utilities/dataset_name_id_conversion.py)
 LARGEST_ERROR_MM = 0.01  # of the place of a voxel, by the single precision of NIfTI's headers
 
 
@@ -39,9 +39,10 @@ class RawDataset:
     """
 
     def __init__(self, dataset_id: int, name: str) -> None:
-        """Raises UserError for an ID outside 1-9999, a name nnU-Net cannot use, a taken ID or an unset variable."""
+        """Raises UserError for an ID outside 1-999, a name nnU-Net cannot use, a taken ID or an unset variable."""
         if not 1 <= dataset_id <= LARGEST_ID:
-            raise UserError(f"-d {dataset_id}: a dataset ID is a number from 1 to {LARGEST_ID}")
+            raise UserError(f"-d {dataset_id}: a dataset ID is a number from 1 to {LARGEST_ID} (three digits, as in "
+                            "nnU-Net's names)")  # fmt: skip
         if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
             raise UserError(f"-n {name}: a dataset name has only letters, digits, '_' and '-'")
         self.id, self.folder = dataset_id, nnunet_folder("nnUNet_raw") / f"Dataset{dataset_id:03d}_{name}"
@@ -50,21 +51,15 @@ class RawDataset:
         self.refuse_taken()
 
     def refuse_taken(self) -> None:
-        """Raises UserError if another dataset has this ID, or one that nnU-Net cannot tell from it.
+        """Raises UserError if another dataset has this ID.
 
-        An ID is not taken by a dataset of this name that `finish` made: it can be resumed. nnU-Net takes Dataset1234_X
-        for its dataset 123 as well (it looks for names that begin with Dataset123), and stops where there are both.
+        An ID is not taken by a dataset of this name that `finish` made: it can be resumed.
         """
         ours = (self.folder / OPTIONS).exists() or ((self.staging / OPTIONS).exists() and not self.folder.exists())
-        mine = f"{self.id:03d}"
         for variable in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
-            for there in Path(os.environ.get(variable) or os.devnull).glob("Dataset[0-9]*_*"):
-                other = re.match(r"Dataset(\d+)_", there.name)
-                if other and other[1] == mine and not (ours and there.name == self.folder.name):
+            for there in Path(os.environ.get(variable) or os.devnull).glob(f"Dataset{self.id:03d}_*"):
+                if not (ours and there.name == self.folder.name):
                     raise UserError(f"-d {self.id}: this ID is taken by {there}; choose another, or remove that")
-                if other and other[1] != mine and (other[1].startswith(mine) or mine.startswith(other[1])):
-                    raise UserError(f"-d {self.id}: nnU-Net looks for datasets by the begin of their names, and would "
-                                    f"not tell this one from {there}; choose another ID")  # fmt: skip
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -84,6 +79,9 @@ class RawDataset:
         with locked(self.where / LOCK, f"dataset {self.id} in {self.folder.parent}"):
             self._is_locked, since = True, self.where.stat().st_mtime_ns
             try:
+                if not (self.where / LOCK).exists():  # renamed while we came to lock it
+                    raise UserError(f"dataset {self.id} in {self.folder.parent} was just finished by another command; "
+                                    "say the same again", "IN_USE")  # fmt: skip
                 self.refuse_taken()
                 yield
             finally:
