@@ -194,10 +194,7 @@ def count_archives(root: Path) -> Counter[str]:
 def archives_message(archives: Mapping[str, int]) -> str:
     """What to say about archives, or ""."""
     number = sum(archives.values())
-    if not number:
-        return ""
-    what = "archive" if number == 1 else "archives"
-    return f"{number} {what} ({', '.join(sorted(archives))}) beside the studies are not looked into; unpack them"
+    return f"{number} archives ({', '.join(sorted(archives))}) are not looked into; unpack them" if number else ""
 
 
 def unreadable_folders(root: Path) -> list[Path]:

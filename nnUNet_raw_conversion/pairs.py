@@ -15,9 +15,19 @@ from pathlib import Path
 from nnunet_fratmae.base.command import UserError, run_command
 from nnUNet_raw_conversion.clinical import ClinicalRecord, name_patients, read_clinical
 from nnUNet_raw_conversion.conversion import CASE_NAME, Loaded, Study, convert_studies
+from nnUNet_raw_conversion.folders import archives_message, count_archives
 from nnUNet_raw_conversion.geometry import read_image
 from nnUNet_raw_conversion.patients import in_known_words, left_out
-from nnUNet_raw_conversion.pseudonyms import Key, assign, key_file, read_keys, same_number, write_keys
+from nnUNet_raw_conversion.pseudonyms import (
+    Key,
+    assign,
+    check_keys,
+    key_file,
+    only_user,
+    read_keys,
+    same_number,
+    write_keys,
+)
 from nnUNet_raw_conversion.raw_dataset import RawDataset
 from nnUNet_raw_conversion.splits import SPLITS_FILE, Splits, keep_cases, read_splits, write_splits
 
@@ -32,7 +42,9 @@ def find_cases(source: Path, keep_names: bool) -> list[Path]:
         raise UserError(f"-i {source}: there is no such folder")
     folders = sorted(p for p in source.iterdir() if p.is_dir() and not p.name.startswith("."))
     if not folders:
-        raise UserError(f"-i {source}: has no sub-folders; put the files of every case in a folder of its name")
+        packed = archives_message(count_archives(source))
+        raise UserError(f"-i {source}: has no sub-folders; "
+                        + (packed or "put the files of every case in a folder of its name"))  # fmt: skip
     wrong = [p.name for p in folders if not CASE_NAME.fullmatch(p.name)]
     if wrong and keep_names:
         raise UserError(
@@ -64,12 +76,17 @@ def convert_pairs(args: argparse.Namespace) -> None:
     if args.keep_names and args.key_file:
         raise UserError("--keep-names: the folders' names are kept, so there is no table of them; leave out --key-file")
     dataset = RawDataset(args.d, args.n)
+    with dataset.locked():
+        _convert_into(dataset, args)
+
+
+def _convert_into(dataset: RawDataset, args: argparse.Namespace) -> None:
     folders = find_cases(args.i, args.keep_names)
     rows = _rows_of(folders, args.i, args.clinical, args.keep_names)
     dataset.refuse_existing()
-    case_of = {folder.name: folder.name for folder in folders}
-    if not args.keep_names:
-        case_of = _pseudonyms(args, folders)
+    path = None if args.keep_names else key_file(args.key_file, args.i)
+    named = _pseudonyms(path, folders, args.n) if path else [Key(f.name, "", f.name) for f in folders]
+    case_of = {folder.name: key.case_id for folder, key in zip(folders, named, strict=True)}
     records = _records(rows, case_of, args)
     studies = [make_study(folder, args.ct, args.pet, args.seg, args.unlabelled, records[folder.name])
                for folder in folders]  # fmt: skip
@@ -77,6 +94,8 @@ def convert_pairs(args: argparse.Namespace) -> None:
 
     def complete(folder: Path) -> None:
         write_splits(folder, splits)
+        if path:
+            check_keys(path, named)
 
     options = {"command": "fratmae_convert_pairs", "grid": args.grid}
     convert_studies(dataset, studies, options, args.np, strict=True, complete=complete)
@@ -107,14 +126,14 @@ def main() -> None:
     run_command(parser, convert_pairs)
 
 
-def _pseudonyms(args: argparse.Namespace, folders: list[Path]) -> dict[str, str]:
-    """The cases by their folders' names; the key table is read and brought up to date."""
-    path = key_file(args.key_file, args.i)
-    keys = read_keys(path)
-    named = assign(keys, [Key("", "", folder.name, "", str(folder)) for folder in folders], args.n)
-    write_keys(path, keys)
+def _pseudonyms(path: Path, folders: list[Path], name: str) -> list[Key]:
+    """The folders' cases, as the key table has them; it is brought up to date."""
+    with only_user(path):
+        keys = read_keys(path)
+        named = assign(keys, [Key("", "", folder.name, "", str(folder)) for folder in folders], name)
+        write_keys(path, keys)
     print(f"{len(folders)} cases; which folder each is stands in {path}")
-    return {folder.name: key.case_id for folder, key in zip(folders, named, strict=True)}
+    return named
 
 
 def _splits(args: argparse.Namespace, case_of: dict[str, str]) -> Splits:

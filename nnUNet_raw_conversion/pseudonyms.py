@@ -116,11 +116,17 @@ def read_keys(path: Path) -> list[Key]:
 def assign(keys: list[Key], wanted: Iterable[Key], name: str) -> list[Key]:
     """`wanted` with their pseudonyms, in their order: those of the table `keys`, or else new ones NAME_0001, ...
 
-    `keys` is brought up to date; no two of `wanted` may be the same (`who`). New numbers are given in random order,
-    since the order of patient numbers (of names, of dates) would tell something about who is who; a number is never
-    given twice.
+    `keys` is brought up to date. New numbers are given in random order, since the order of patient numbers (of names,
+    of dates) would tell something about who is who; a number is never given twice.
+
+    Raises:
+        UserError: two of `wanted` are the same (`who`), and could not be told apart in the table.
     """
     wanted = list(wanted)
+    same = [names for names in _grouped(wanted).values() if len(names) > 1]
+    if same:
+        raise UserError(f"{len(same)} names of patients or folders are there twice, apart from blanks, capitals or how "
+                        "an accent is written; rename one of each", "KEYS_SAME")  # fmt: skip
     rows_of: dict[str, list[int]] = {}
     for j, old in enumerate(keys):
         rows_of.setdefault(same_name(old.patient), []).append(j)
@@ -208,6 +214,13 @@ def same_number(text: str) -> str:
 def who(key: Key) -> tuple[str, str, str]:
     """Trial, patient and time point as they are compared."""
     return same_name(key.trial), same_name(key.patient), same_name(key.timepoint)
+
+
+def _grouped(keys: Iterable[Key]) -> dict[tuple[str, str, str], list[Key]]:
+    groups: dict[tuple[str, str, str], list[Key]] = {}
+    for key in keys:
+        groups.setdefault(who(key), []).append(key)
+    return groups
 
 
 def _matches(old: Key, key: Key, exact: bool) -> bool:
