@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import stat
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from nnunet_fratmae.base.command import UserError
+from nnUNet_raw_conversion import pseudonyms
 from nnUNet_raw_conversion.pseudonyms import (
     Key,
     assign,
+    check_keys,
     key_file,
+    only_user,
     read_keys,
     same_number,
+    who,
     write_keys,
 )
 
@@ -134,3 +141,68 @@ def test_no_key_table_lies_in_nnunets_folders(tmp_path, monkeypatch, variable):
     with pytest.raises(UserError, match="--key-file"):
         key_file(None, tmp_path / "nn" / "originals")
     assert key_file(tmp_path / "keys.csv", tmp_path / "nn" / "originals") == tmp_path / "keys.csv"
+
+
+ANY_TEXT = st.text(st.characters(), max_size=12)  # with control characters, quotes, marks, surrogates
+
+
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(st.tuples(ANY_TEXT, ANY_TEXT, ANY_TEXT, ANY_TEXT), max_size=6))
+def test_any_text_comes_back_as_it_was_and_keeps_its_pseudonym(tmp_path, texts):
+    wanted = list({who(key): key for text in texts if (key := Key("", *text)).patient}.values())
+    path, keys = tmp_path / "keys.csv", []
+    named = assign(keys, wanted, "X")
+    assert [who(key) for key in named] == [who(key) for key in wanted]
+    write_keys(path, keys)
+    again = read_keys(path)
+    assert {key.case_id: key for key in again} == {key.case_id: key for key in keys}
+    assert [key.case_id for key in assign(again, wanted, "X")] == [key.case_id for key in named]
+    assert len(again) == len(keys)
+
+
+@pytest.mark.parametrize(
+    ("once", "later"),
+    [("Erika  Meier", "Erika Meier"), (" 12 ", "12"), ("M\u00fcller", "Mu\u0308ller"), ("MU\u0308LLER", "m\u00fcller"),
+     ("a\tb", "a b"), ("a\x00b", "a b"), ("M\udcfcller", "M\udcfcller"), ("=1+1", "=1+1"), ("'=x", "'=x"),
+     ('a "b", c', 'a "b", c'), ("Stra\u00dfe", "STRASSE"), ("\u00a0x", "x")],
+)  # fmt: skip
+def test_one_patient_however_it_is_written(tmp_path, once, later):
+    path, keys = tmp_path / "keys.csv", []
+    (first,) = assign(keys, [Key("", "HD18", once, "20200101")], "X")
+    write_keys(path, keys)
+    keys = read_keys(path)
+    (again,) = assign(keys, [Key("", "hd18 ", later, "20200101")], "X")
+    assert again.case_id == first.case_id and len(keys) == 1
+
+
+@pytest.mark.parametrize("names", [("A  B", "A B"), ("M\u00fcller", "Mu\u0308ller"), ("x", "X")])
+def test_names_that_a_table_could_not_tell_apart_are_refused(names):
+    keys = []
+    with pytest.raises(UserError, match="there twice") as error:
+        assign(keys, [Key("", "", name) for name in names], "X")
+    assert error.value.code == "KEYS_SAME" and not keys and names[0] not in str(error.value)
+
+
+def test_a_table_that_was_changed_meanwhile_is_told(tmp_path):
+    path, keys = tmp_path / "keys.csv", []
+    named = assign(keys, [Key("", "", "a"), Key("", "", "b")], "X")
+    write_keys(path, keys)
+    check_keys(path, named)
+    write_keys(path, [replace(keys[0], case_id=keys[1].case_id), replace(keys[1], case_id=keys[0].case_id)])
+    with pytest.raises(UserError, match="2 of its cases are of others"):
+        check_keys(path, named)
+
+
+def test_two_users_of_a_table_come_one_after_the_other(tmp_path, monkeypatch):
+    monkeypatch.setattr(pseudonyms, "PATIENCE_S", 0.2)
+    with only_user(tmp_path / "keys.csv"):
+        with pytest.raises(UserError, match="keys.csv is being written by another command"), \
+             only_user(tmp_path / "keys.csv"):  # fmt: skip
+            pass
+        write_keys(tmp_path / "keys.csv", [])
+    assert [path.name for path in tmp_path.iterdir()] == ["keys.csv"]
+
+
+def test_formulas_in_the_key_table_are_inert(tmp_path):
+    write_keys(tmp_path / "k.csv", [Key("A_1", "", "=cmd|' /C calc'!A0", "", "@SUM(A1)/x")])
+    assert ",'=cmd|' /C calc'!A0,,'@SUM" in (tmp_path / "k.csv").read_text()
