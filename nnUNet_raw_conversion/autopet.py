@@ -154,6 +154,8 @@ def read_metadata(path: Path) -> dict[str, list[Row]]:
     """
     header, rows = read_table(path)
     letters = [re.sub("[^a-z]", "", name.lower()) for name in header]
+    if twice := [name for i, name in enumerate(header) if name and header.index(name) < i and _meaning(letters[i])]:
+        raise UserError(f"{path}, line 1: column {twice[0]!r} is there twice; remove one")
     position = {
         meaning: next((i for i, name in enumerate(letters) if re.fullmatch(names, name)), None)
         for meaning, names in MEANINGS.items()
@@ -177,6 +179,10 @@ def read_metadata(path: Path) -> dict[str, list[Row]]:
         subject = re.sub("^(petct|psma|fdg)_", "", said["subject"].lower())
         patients[subject].append(Row(line, record, _date(said["date"]), said["uid"][-5:], places))
     return patients
+
+
+def _meaning(letters: str) -> bool:
+    return any(re.fullmatch(names, letters) for names in MEANINGS.values())
 
 
 def describe(case_id: str, scan: Scan, tables: dict[Path, dict[str, list[Row]]]) -> ClinicalRecord:
