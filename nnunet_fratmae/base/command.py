@@ -140,9 +140,9 @@ def check_device(device: str) -> None:
 
 
 def cause(error: BaseException) -> str:
-    """What an error says on one line; of one that torch's DataLoader brings from another process, what it said there
+    """What an error says; of one that torch's DataLoader brings from another process, what it said there, on one line
     (torch puts the traceback around it)."""
     text = str(error)
-    if text.startswith("Caught "):
-        text = re.split(r"(?m)^(?:[\w.]+\.)?(?:UserError|\w+Error): ", text)[-1]
-    return " ".join(text.split())
+    if not text.startswith("Caught "):
+        return text
+    return " ".join(re.split(r"(?m)^(?:[\w.]+\.)?(?:UserError|\w+Error): ", text)[-1].split())
