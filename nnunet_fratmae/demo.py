@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import os
 import shlex
@@ -13,6 +12,7 @@ import time
 from pathlib import Path
 
 from nnunet_fratmae.base.command import UserError
+from nnunet_fratmae.base.tables import csv_text
 
 TRAIN_ID, TEST_ID = 901, 902
 # So small that two CPU cores need a few minutes; a real training leaves all this to the planner.
@@ -94,10 +94,7 @@ def summarise(folder: Path) -> None:
         plot_prediction(ct, pet, truth, prediction, folder / f"{case}.png", title)
     mean = {name: round(float(np.nanmean([row[name] for row in rows])), 3) for name in rows[0] if "Dice" in name}
     rows.append({"case": "mean", "lesion voxels": "", **mean})
-    with (folder / "results.csv").open("w", newline="") as file:
-        table = csv.DictWriter(file, rows[0])
-        table.writeheader()
-        table.writerows(rows)
+    (folder / "results.csv").write_text(csv_text(list(rows[0]), rows), encoding="utf-8")
     for row in (rows[0].keys(), *(row.values() for row in rows)):
         print("  " + "".join(f"{value!s:>16}" for value in row))
 

@@ -16,7 +16,7 @@ from typing import Any
 import SimpleITK as sitk
 
 from nnunet_fratmae.base.command import UserError, run_command
-from nnunet_fratmae.base.files import renamed, writing_to
+from nnunet_fratmae.base.files import refuse_bytes, renamed, writing_to
 from nnunet_fratmae.base.volumes import read_image
 from plans.dataset_json import check_dataset_json
 from plans.extension import channel_modalities, find_channels
@@ -115,6 +115,7 @@ def find_cases(folder: Path, dataset_json: dict[str, Any]) -> dict[str, Case]:
                 raise UserError(f"{path}: the model has {len(modalities)} channels ({', '.join(modalities)}), 0000 is "
                                 "the first; remove this file")  # fmt: skip
             cases.setdefault(match[1], {})[int(match[2])] = path
+    refuse_bytes(path for images in cases.values() for path in images.values())
     if not cases:
         raise UserError(f"-i {folder}: no images CASE_0000{ending} or CASE_0001{ending} there")
     return cases

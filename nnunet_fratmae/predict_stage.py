@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from nnunet_fratmae.base.command import UserError, check_device, run_command
-from nnunet_fratmae.base.files import renamed
+from nnunet_fratmae.base.files import refuse_bytes, renamed
 from nnunet_fratmae.base.tables import csv_text
 from plans.dataset_json import check_dataset_json
 from plans.extension import JOINT_NETWORK, channel_modalities, find_channels, find_modalities
@@ -147,6 +147,7 @@ def find_studies(folder: Path, dataset_json: dict[str, Any]) -> dict[str, list[s
         raise UserError(f"-i {folder}: no images CASE_0000{ending} and CASE_0001{ending} there")
     studies = {case: [str(folder / f"{case}_{c:04d}{ending}") for c in range(channels)] for case in cases}
     for images in studies.values():
+        refuse_bytes(images)
         for image in images:
             if not os.path.isfile(image):
                 raise UserError(f"{image} is not there; every case needs {channels} images")

@@ -20,7 +20,7 @@ import pandas as pd
 import SimpleITK as sitk
 
 from nnunet_fratmae.base.command import UserError
-from nnunet_fratmae.base.files import plain_name
+from nnunet_fratmae.base.files import plain_name, refuse_bytes
 from nnunet_fratmae.base.pool import map_cases
 from plans.dataset_json import declared_labels, listed
 from plans.fields import require, shown, shown_name
@@ -92,7 +92,8 @@ def check_studies(raw: Path, studies: Studies, dataset_json: dict[str, Any], pro
 
 
 def _check_names(raw: Path, studies: Studies) -> None:
-    for case in studies:
+    for case, (images, _) in studies.items():
+        refuse_bytes(images)
         name = shown_name(case)
         plain_name(case, f"{raw}: case {name}")
         require(not case.endswith("_seg"), f"{raw}: case {name}: nnU-Net takes preprocessed files that end in _seg for "

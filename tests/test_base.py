@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nnunet_fratmae.base.command import UserError, dataset_number, run_command
-from nnunet_fratmae.base.files import WriteError, plain_name, renamed
+from nnunet_fratmae.base.command import UserError, dataset_number, nnunet_folder, run_command
+from nnunet_fratmae.base.files import WriteError, plain_name, refuse_bytes, renamed
 from nnunet_fratmae.base.tables import cell_text, csv_text, inert
 
 
@@ -118,3 +118,13 @@ def test_a_full_disk_names_what_we_write(tmp_path, monkeypatch):
 def test_the_code_of_a_refusal_comes_through_a_process():
     error = pickle.loads(pickle.dumps(UserError("PET: no", "SUV_X")))
     assert str(error) == "PET: no" and error.code == "SUV_X" and UserError("x").code == ""
+
+
+def test_names_that_readers_die_of_are_refused(tmp_path, monkeypatch):
+    odd = os.fsdecode(bytes(tmp_path) + b"/M\xfcller_0000.nii.gz")
+    refuse_bytes([tmp_path, "M\u00fcller"])
+    with pytest.raises(UserError, match="no UTF-8"):
+        refuse_bytes([tmp_path, odd])
+    monkeypatch.setenv("nnUNet_raw", odd)
+    with pytest.raises(UserError, match="^nnUNet_raw: this folder's name is no UTF-8"):
+        nnunet_folder("nnUNet_raw")

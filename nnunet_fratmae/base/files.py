@@ -6,7 +6,7 @@ import os
 import platform
 import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -92,6 +92,14 @@ def is_text(path: Path | str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
+
+
+def refuse_bytes(paths: Iterable[Path | str]) -> None:
+    """Raises UserError for a path that `is_text` not: nnU-Net's readers end the whole process at such a name."""
+    for path in paths:
+        if not is_text(path):
+            raise UserError(f"{path}: this name is no UTF-8, and nnU-Net's readers cannot open it; rename it (convmv)",
+                            "PATH_BYTES")  # fmt: skip
 
 
 @contextmanager
