@@ -251,7 +251,8 @@ def main() -> None:
     add("--trust-study", action="store_true", help="a CT of the PET's study in another frame of reference is taken if "
         "the bodies of both lie in the same place")  # fmt: skip
     add("--suv-override", type=Path, metavar="FILE", help="csv of what headers lack: case_id (the pseudonym), "
-        "weight_kg, dose_bq or dose_mbq, injection_datetime, half_life_s")  # fmt: skip
+        "weight_kg, dose_bq or dose_mbq, injection_datetime, half_life_s, decay_reference_datetime (start of the scan, "
+        "to which the PET is decay-corrected)")  # fmt: skip
     add("--key-file", type=Path, metavar="FILE", help="table of pseudonyms, read and written [key_DIR.csv beside -i]")
     add("--link", action="store_true", help="hard links to NIfTI files that are just as they would be written")
     add("-np", type=int, default=4, metavar="N", help="processes at most, fewer where the memory asks for it [4]")

@@ -61,7 +61,7 @@ def factor_to_body_weight(header: pydicom.Dataset, weight: float, notes: list[st
                         "here; export it in Bq/ml or as SUVbw", "SUV_UNITS")  # fmt: skip
     sex, height = text_of(header, "PatientSex").upper(), _height_m(header, kind, notes)
     if kind != "BSA" and sex not in (("M", "F", "O") if kind == "IBW" else ("M", "F")):
-        raise _needs(kind, "PatientSex", f"is {sex or 'missing'}, not M or F", "SUV_SEX_MISSING")
+        raise _needs(kind, "PatientSex", f"is {sex}, not M or F" if sex else "is missing", "SUV_SEX_MISSING")
     if kind == "BSA":
         size = body_surface(weight, height) / 1000
     elif kind == "IBW":
