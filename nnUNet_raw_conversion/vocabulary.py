@@ -67,9 +67,9 @@ REFERENCE = _words(
     bkg bgd bgr hintergrund fond fondo achtergrund bloodpool blood blut blutpool mbp bp pool sang sangre sangue bloed
     percist physiologic physiological physiologisch physiologische physiologique fisiologico fisiológico fysiologisch
     injection injektion injektionsstelle injectionsite paravasat paravasation extravasation extravasate normal healthy
-    gesund gesunde mbps braunes braune sano sain sana control kontrolle artifact artifacts artefact artefacts artefakt artefakte noise
-    rauschen brown bat urine urin orina catheter katheter port portkammer stent prosthesis prothese endoprothese
-    implant implants implantat pacemaker schrittmacher bolus couch table tisch support helper hilfsstruktur
+    gesund gesunde mbps braunes braune sano sain sana control kontrolle artifact artifacts artefact artefacts artefakt
+    artefakte noise rauschen brown bat urine urin orina catheter katheter port portkammer stent prosthesis prothese
+    endoprothese implant implants implantat pacemaker schrittmacher bolus couch table tisch support helper hilfsstruktur
     """
 )
 ORGANS = _words(
@@ -158,9 +158,9 @@ SIDES_AND_PARTS = _words(
     """
     left right lef rig l r lt rt li re links rechts linke rechte linker rechter linkes rechtes gauche droit droite
     izquierdo izquierda derecho derecha sinistra sinistro destra destro esquerda esquerdo direita direito linkerkant
-    both bilateral beidseits bds upper lower middle mid outer asc superior inferior oben unten ober unter mittel anterior
-    posterior medial proximal distal ant post sup inf obere untere oberer unterer ventral caudal kranial cranial
-    kaudal dexter sinister ascendens descendens ascending descending arch total whole all small large big the of and
+    both bilateral beidseits bds upper lower middle mid outer asc superior inferior oben unten ober unter mittel
+    anterior posterior medial proximal distal ant post sup inf obere untere oberer unterer ventral caudal kranial
+    cranial kaudal dexter sinister ascendens descendens ascending descending arch total whole all small large big the of and
     und et y e de del des du la le di da der die das von im in am an bei near with mit organ organs oar mask maske roi
     rois voi vois vol volume volumen label labels segments segmentation segmentierung structure struktur copy kopie
     new neu old alt final auto manual manuell expert reader model prediction pred uptake aufnahme anreicherung suv
