@@ -160,9 +160,9 @@ SIDES_AND_PARTS = _words(
     izquierdo izquierda derecho derecha sinistra sinistro destra destro esquerda esquerdo direita direito linkerkant
     both bilateral beidseits bds upper lower middle mid outer asc superior inferior oben unten ober unter mittel
     anterior posterior medial proximal distal ant post sup inf obere untere oberer unterer ventral caudal kranial
-    cranial kaudal dexter sinister ascendens descendens ascending descending arch total whole all small large big the of and
-    und et y e de del des du la le di da der die das von im in am an bei near with mit organ organs oar mask maske roi
-    rois voi vois vol volume volumen label labels segments segmentation segmentierung structure struktur copy kopie
+    cranial kaudal dexter sinister ascendens descendens ascending descending arch total whole all small large big the of
+    and und et y e de del des du la le di da der die das von im in am an bei near with mit organ organs oar mask maske
+    roi rois voi vois vol volume volumen label labels segments segmentation segmentierung structure struktur copy kopie
     new neu old alt final auto manual manuell expert reader model prediction pred uptake aufnahme anreicherung suv
     suvmax i v ii iii iv nothing cut pet ct thr threshold isocontour contour percent fixed adaptive n p t a b c d
     number nr sphere sphäre kugel cube würfel main other others types type mm cm s index target first second third
