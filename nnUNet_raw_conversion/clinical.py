@@ -7,8 +7,6 @@ made may have a name, a patient number or a date of birth in any of them.
 from __future__ import annotations
 
 import csv
-import io
-import os
 import re
 import zipfile
 from collections import Counter
@@ -17,6 +15,8 @@ from dataclasses import astuple, dataclass, fields, replace
 from pathlib import Path
 
 from nnunet_fratmae.base.command import UserError
+from nnunet_fratmae.base.files import renamed
+from nnunet_fratmae.base.tables import cell_text, csv_text
 from nnUNet_raw_conversion.tracers import tracer_name
 
 SEXES = {
@@ -34,6 +34,8 @@ RISK_GROUPS = {
     "advanced": "advanced|fortgeschritten(?:es)?|hd18",
 }
 YEARS = {"Y": 1.0, "M": 1 / 12, "W": 7 / 365.25, "D": 1 / 365.25}  # units of DICOM age strings (PS3.5, 6.2, AS)
+# A sheet has 1,048,576 rows and 16,384 columns at most. A table of 10,000 patients with 100 columns is 30 MB unpacked.
+XLSX_ROWS, XLSX_CELLS, XLSX_BYTES = 2**20, 20_000_000, 100_000_000
 UNKNOWN = {"", "unknown", "unbekannt", "n/a", "na", "nan", "none", "null", "#n/a", "?", "-"}
 
 
@@ -104,7 +106,10 @@ def read_clinical(path: Path, columns: Mapping[str, str] | None = None) -> dict[
     first_line: dict[str, int] = {}
     for line, cells in rows:
         try:
-            record = clinical_record(**{name: cells[index] for name, index in position.items()})
+            said = {name: cells[index] for name, index in position.items()}
+            if str(said.get("age")).strip().lower() == "nan":  # what a program computed, not what somebody left empty
+                raise UserError("age: is NaN, no number; give years from 0 to 120, or leave it empty if unknown")
+            record = clinical_record(**said)
         except UserError as error:
             raise UserError(f"{path}, line {line}: {error}") from None
         if record.case_id in records:
@@ -156,18 +161,14 @@ def write_clinical(path: Path, records: Iterable[ClinicalRecord]) -> None:
             raise UserError(f"{path}: case_id {record.case_id!r} is there twice; keep one of the records")
         rows[record.case_id] = astuple(record)
     kept = [i for i, name in enumerate(COLUMNS) if name not in OPTIONAL or any(row[i] for row in rows.values())]
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(COLUMNS[i] for i in kept)
     # whole years as "61", not "61.0"; None is written as an empty cell
-    writer.writerows([int(v) if isinstance(v, float) and v.is_integer() else v for v in (row[i] for i in kept)]
-                     for row in rows.values())  # fmt: skip
-    content, path = text.getvalue().encode(), Path(path)
+    cells = ([int(v) if isinstance(v, float) and v.is_integer() else v for v in (row[i] for i in kept)]
+             for row in rows.values())  # fmt: skip
+    content, path = csv_text([COLUMNS[i] for i in kept], cells).encode(errors="backslashreplace"), Path(path)
     if path.is_file() and path.read_bytes() == content:
         return
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_bytes(content)
-    os.replace(partial, path)
+    with renamed(path) as partial:
+        partial.write_bytes(content)
 
 
 def name_patients(records: Mapping[str, ClinicalRecord], patient_of: Mapping[str, object]) -> dict[str, ClinicalRecord]:
@@ -207,28 +208,84 @@ def _csv_lines(path: Path) -> list[tuple[int, list[object]]]:
         raise UserError(f"{path}: is not UTF-8 text; save it as 'CSV UTF-8'") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); give the path of a csv or xlsx file") from None
+    if "\0" in text:
+        raise UserError(f"{path}: has zero bytes and is no UTF-8 text; save it as 'CSV UTF-8'", "TABLE_UNREADABLE")
     header = text.split("\n", 1)[0]
     # Not split at every character that Python takes for a line end: only \n and \r end a row of a csv file.
     lines = re.findall(r"[^\r\n]*(?:\r\n|\r|\n)|[^\r\n]+$", text)
-    reader = csv.reader(lines, delimiter=next((c for c in ",;\t" if c in header), ","))
+    separator = next((c for c in ",;\t" if c in header), ",")
+    reader, rows, begin, columns = csv.reader(lines, delimiter=separator), [], 0, 0
     try:
-        return [(reader.line_num, list(row)) for row in reader]
+        for row in reader:
+            columns = columns or len(row)
+            if _is_swallowed(lines[begin : reader.line_num], separator, columns, reader.line_num == len(lines)):
+                raise UserError(f"{path}, line {begin + 1}: a quotation mark is opened and not closed, which makes one "
+                                "row of this and the next; close or remove it", "TABLE_QUOTE")  # fmt: skip
+            rows.append((reader.line_num, [cell_text(cell) for cell in row]))
+            begin = reader.line_num
     except csv.Error as error:
-        raise UserError(f"{path}, line {reader.line_num}: {error}; save it as 'CSV UTF-8' again") from None
+        raise UserError(f"{path}, line {begin + 1}: {error}; is a quotation mark opened there and not closed? mend it, "
+                        "or save it as 'CSV UTF-8' again", "TABLE_QUOTE") from None  # fmt: skip
+    return rows
+
+
+def _is_swallowed(lines: list[str], separator: str, columns: int, is_last: bool) -> bool:
+    """Whether the lines of one row are more than one row, put together by a quotation mark that is not closed.
+
+    Cells may have line ends in them. So the mark must be open at the end of the file, or closed in the middle of a
+    cell, or each line have as many separators as a row.
+    """
+    if len(lines) == 1 and not is_last:
+        return False
+    try:
+        list(csv.reader(lines, delimiter=separator, strict=True))
+    except csv.Error:
+        return len(lines) > 1 or lines[0].count('"') % 2 == 1
+    return len(lines) > 1 and all(line.count(separator) == columns - 1 for line in lines)
 
 
 def _xlsx_lines(path: Path) -> list[tuple[int, list[object]]]:
+    """The rows of the first sheet that are not empty, and the first in any case."""
     import openpyxl  # only here: most tables are csv
 
+    lines: list[tuple[int, list[object]]] = []
     try:
-        sheet = openpyxl.load_workbook(path, data_only=True).worksheets[0]
-    except (OSError, zipfile.BadZipFile, KeyError, ValueError, IndexError):
-        raise UserError(f"{path}: cannot be read as xlsx; save it without a password, or as 'CSV UTF-8'") from None
+        with zipfile.ZipFile(path) as archive:
+            size = sum(item.file_size for item in archive.infolist())
+        if size > XLSX_BYTES:
+            raise UserError(f"{path}: has {size / 1e6:.0f} MB when unpacked, at most {XLSX_BYTES / 1e6:.0f} are read; "
+                            "leave the one sheet with a row a patient, or save that as 'CSV UTF-8'",
+                            "TABLE_TOO_LARGE")  # fmt: skip
+        # Read row by row: as a whole, one cell far out would make a table of 17 thousand million cells
+        book = openpyxl.load_workbook(path, data_only=True, read_only=True)
+        try:
+            sheet, cells = book.worksheets[0], 0
+            sheet.reset_dimensions()  # which the file may say wrongly
+            for line, row in enumerate(sheet.iter_rows(values_only=True), 1):
+                cells += len(row) + 1
+                if line > XLSX_ROWS or cells > XLSX_CELLS:
+                    raise UserError(f"{path}, line {line}: more rows or columns than a table of patients has; remove "
+                                    "what is far out, or save it as 'CSV UTF-8'", "TABLE_TOO_LARGE")  # fmt: skip
+                row = list(row)
+                while row and row[-1] is None:
+                    row.pop()
+                if row or line == 1:
+                    lines.append((line, [_xlsx_cell(cell) for cell in row]))
+        finally:
+            book.close()
+    except (UserError, MemoryError):
+        raise
+    except Exception:  # a damaged file makes openpyxl raise nearly anything
+        raise UserError(f"{path}: cannot be read as xlsx; save it without a password, or as 'CSV UTF-8'",
+                        "TABLE_UNREADABLE") from None  # fmt: skip
+    return lines
+
+
+def _xlsx_cell(cell: object) -> object:
+    if isinstance(cell, str):
+        return cell_text(cell)
     # A spreadsheet has no whole numbers: patient 12 may be 12.0 in the file
-    return [
-        (line, [int(cell) if isinstance(cell, float) and cell.is_integer() else cell for cell in row])
-        for line, row in enumerate(sheet.iter_rows(values_only=True), 1)
-    ]
+    return int(cell) if isinstance(cell, float) and cell.is_integer() else cell
 
 
 def _find_columns(path: Path, header: list[str], columns: Mapping[str, str] | None) -> dict[str, int]:

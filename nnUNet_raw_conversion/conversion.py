@@ -31,7 +31,9 @@ from nnUNet_raw_conversion.pictures import draw_case, index_page
 from nnUNet_raw_conversion.raw_dataset import (
     PARTS,
     RawDataset,
+    case_files,
     new_file,
+    read_json,
     remove_case,
     write_case,
     write_text,
@@ -41,6 +43,10 @@ from nnUNet_raw_conversion.raw_dataset import (
 CASE_NAME = re.compile(r"[A-Za-z0-9_.-]+(?<!_0000)(?<!_seg)")
 REPORT, ROIS = "conversion_report.csv", "conversion_rois.csv"
 COLUMNS = ("case_id", "status", "part", "used", "notes", "error", "code", "grid", "lesion_ml", "suv_max", "seconds")
+
+
+TASTED, TASTE = 8, 4096
+"""Files of a case, and bytes from the middle of each, that tell whether it is the same case as before."""
 
 
 @dataclass
@@ -105,6 +111,19 @@ def convert_studies(
     parse_grid(options.get("grid", "pet"))
     if processes < 1:
         raise UserError(f"-np {processes}: give at least 1 process")
+    with dataset.locked():
+        return _convert_all(dataset, studies, options, processes, strict, complete)
+
+
+def _convert_all(
+    dataset: RawDataset,
+    studies: Sequence[Study],
+    options: dict,
+    processes: int,
+    strict: bool,
+    complete: Callable[[Path], None] | None,
+) -> int:
+    """`convert_studies`, while no other command writes the dataset."""
     if strict:
         dataset.refuse_existing()
     rows = _resume(dataset, studies, options)
@@ -257,7 +276,7 @@ def _kept_rows(folder: Path, studies: Sequence[Study]) -> tuple[dict[str, dict],
     current = {study.case_id: study for study in studies}
     kept, others, gone = {}, [], []
     for path in sorted((folder / "conversion").glob("*.json")):
-        row = json.loads(path.read_text(encoding="utf-8"))
+        row = read_row(path)
         study = current.get(row["case_id"])
         if study and row["status"] == "done" and row["inputs"] == _fingerprint(study) and _is_whole(folder, row):
             kept[study.case_id] = row
@@ -271,6 +290,40 @@ def _kept_rows(folder: Path, studies: Sequence[Study]) -> tuple[dict[str, dict],
     return kept, others
 
 
+def read_row(path: Path) -> dict:
+    """The row of a case that `convert_study` wrote, of which the names of files are those that a case has.
+
+    Raises:
+        UserError: the file is damaged, or names other files, which somebody might have removed or replaced by it.
+    """
+    row = read_json(path)
+    case_id = path.stem
+    allowed = {*case_files(case_id), f"conversion/{case_id}.png"}
+    files = row.get("files") if isinstance(row, dict) else None
+    whole = isinstance(files, dict) and all(isinstance(size, int) for size in files.values())
+    whole = whole and set(files) <= allowed and row.get("case_id") == case_id and CASE_NAME.fullmatch(case_id)
+    if not whole or row.get("status") not in ("begun", "done", "failed") or not _is_shown(row):
+        raise UserError(f"{path}: is damaged, or not of this case; remove this file, then say the same again: the case "
+                        "is converted anew", "ROW_DAMAGED")  # fmt: skip
+    return row
+
+
+def _is_shown(row: dict) -> bool:
+    """Whether the parts of a row of which tables and pages are made are of the kinds that they have."""
+    numbers = [row.get(key) for key in ("lesion_ml", "suv_max", "seconds")]
+    texts = [row.get(key) for key in ("error", "grid", "code", "part")]
+    rois, used, notes = row.get("rois"), row.get("used"), row.get("notes")
+    return (
+        all(value is None or isinstance(value, (int, float)) for value in numbers)
+        and all(value is None or isinstance(value, str) for value in texts)
+        and isinstance(used, dict)
+        and isinstance(rois, list) and all(isinstance(roi, dict) for roi in rois)
+        and isinstance(notes, list) and all(isinstance(note, str) for note in notes)
+        and isinstance(row.get("missing_ct"), bool)
+        and row["part"] in PARTS
+    )  # fmt: skip
+
+
 def _is_whole(folder: Path, row: dict) -> bool:
     """Whether the files of a case are there with the sizes they had (a machine may lose power)."""
     paths = {folder / name: size for name, size in row["files"].items()}
@@ -279,14 +332,26 @@ def _is_whole(folder: Path, row: dict) -> bool:
 
 def _fingerprint(study: Study) -> str:
     """A hash of what a case is made of; without the names of files, which may be those of patients."""
-    parts = [study.part]
+    parts, paths = [study.part], [item for item in study.inputs if isinstance(item, Path)]
     for item in study.inputs:
         if isinstance(item, Path):
             found = item.stat() if item.exists() else None
             parts.append(str(found and (found.st_size, found.st_mtime_ns)))
         else:
             parts.append(repr(item))
+    # Two patients' files may have the same sizes and, from one archive, the same times; not the same voxels
+    parts += [_taste(path) for path in paths[:: max(1, len(paths) // TASTED)]]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+def _taste(path: Path) -> str:
+    """A hash of the middle of a file."""
+    try:
+        with path.open("rb") as file:
+            file.seek(max(0, path.stat().st_size // 2 - TASTE // 2))
+            return hashlib.sha256(file.read(TASTE)).hexdigest()
+    except OSError:  # which the conversion will tell
+        return ""
 
 
 def _write_row(folder: Path, row: dict) -> None:

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections import defaultdict
-from collections.abc import Collection, Iterable
+from collections import Counter, defaultdict
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 
 from nnunet_fratmae.base.command import UserError
@@ -28,6 +28,7 @@ _PART = re.compile(
 _SEG_NAME = re.compile(r"seg|mask|lesion|label|gtv|annotation|contour|(?<![a-z])roi", re.I)
 _PET_NAME = re.compile(r"suv|(?<![a-z])pe?t(?![a-z])", re.I)
 _CT_NAME = re.compile(r"(?<![a-z])ct(?:res|ac)?(?![a-z])", re.I)
+_ARCHIVE = re.compile(r"\.(?:zip|rar|7z|tar|tgz|tbz2?|txz|tar\.(?:gz|bz2|xz|zst)|iso)$", re.I)
 _UID = re.compile(r"\d+(?:\.\d+){4,}")
 _DATE = re.compile(
     r"(?<!\d)(?:(?:19|20)\d\d(?:[01]\d[0-3]\d|([-_. ])[01]?\d\1[0-3]?\d)|[0-3]?\d([-_. ])[0-3]?\d\2(?:19|20)\d\d)"
@@ -179,16 +180,52 @@ def _is_timepoint(name: str) -> bool | None:
 
 
 def _nifti_files(root: Path) -> list[Path]:
-    """All NIfTI files below `root`, through links as well, each folder once."""
-    seen, files = set(), []
-    for path, folders, names in os.walk(root, followlinks=True):
+    """All NIfTI files below `root`."""
+    files = (Path(path, name) for path, names in _walk(root) for name in names)
+    return sorted(file for file in files if file.name.lower().endswith((".nii", ".nii.gz")) and file.name[0] != ".")
+
+
+def count_archives(root: Path) -> Counter[str]:
+    """How many files below `root` are archives, by ending; macOS's resource forks (._x.zip) are none."""
+    found = (_ARCHIVE.search(name) for _, names in _walk(root) for name in names if not name.startswith("._"))
+    return Counter(match[0].lower() for match in found if match)
+
+
+def archives_message(archives: Mapping[str, int]) -> str:
+    """What to say about archives, or ""."""
+    number = sum(archives.values())
+    if not number:
+        return ""
+    what = "archive" if number == 1 else "archives"
+    return f"{number} {what} ({', '.join(sorted(archives))}) beside the studies are not looked into; unpack them"
+
+
+def unreadable_folders(root: Path) -> list[Path]:
+    """The folders below `root` that cannot be listed, or in which nothing can be opened.
+
+    Raises:
+        UserError: `root` is one of them.
+    """
+    closed: list[OSError] = []
+    for path, names in _walk(root, closed.append):
+        if names and not os.access(path, os.X_OK):
+            closed.append(PermissionError(13, "Permission denied", path))
+    folders = sorted({Path(os.fsdecode(error.filename)) for error in closed if error.filename is not None})
+    if root in folders:
+        raise UserError(f"-i {root}: cannot be read ({closed[0].strerror}); permit it, or give another folder")
+    return folders
+
+
+def _walk(root: Path, failed: Callable[[OSError], object] | None = None) -> Iterator[tuple[str, list[str]]]:
+    """Every folder below `root`, through links as well, each once, and the names of its files."""
+    seen = set()
+    for path, folders, names in os.walk(root, onerror=failed, followlinks=True):
         real = os.path.realpath(path)
         if real in seen:
             folders.clear()
         else:
             seen.add(real)
-            files += [Path(path, n) for n in names if n.lower().endswith((".nii", ".nii.gz")) and n[0] != "."]
-    return sorted(files)
+            yield path, names
 
 
 def _kind(name: str) -> str | None:

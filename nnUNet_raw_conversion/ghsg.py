@@ -40,7 +40,15 @@ from nnUNet_raw_conversion.patients import (
     record_of,
     still_unknown,
 )
-from nnUNet_raw_conversion.pseudonyms import Key, assign, key_file, read_keys, write_keys
+from nnUNet_raw_conversion.pseudonyms import (
+    Key,
+    assign,
+    check_keys,
+    key_file,
+    only_user,
+    read_keys,
+    write_keys,
+)
 from nnUNet_raw_conversion.raw_dataset import RawDataset
 from nnUNet_raw_conversion.shown import secrets_of, without_secrets
 from nnUNet_raw_conversion.splits import SPLITS_FILE, make_splits, write_splits
@@ -146,23 +154,29 @@ def convert_ghsg(args: argparse.Namespace) -> None:
     """The command: all tables and lists are checked before the first image is read."""
     parse_grid(args.grid)
     dataset = RawDataset(args.d, args.n)
+    with dataset.locked():
+        _convert_into(dataset, args)
+
+
+def _convert_into(dataset: RawDataset, args: argparse.Namespace) -> None:
     columns = parse_columns(args.columns)
     table = read_patients(args.clinical, columns) if args.clinical else Table({})
     overrides = read_overrides(args.suv_override) if args.suv_override else {}
     keys_path = key_file(args.key_file, args.i[0])
-    keys = read_keys(keys_path)
 
-    known = known_numbers(table, keys, args.test_list)
+    known = known_numbers(table, read_keys(keys_path), args.test_list)
     visits, contours, messages = find_visits(args.i, known, args.patient_level)
     visits = [table.with_trial(visit) for visit in visits]
     visits, more = select(visits, args.timepoint)
-    named = assign(keys, [Key("", v.trial, v.patient, v.timepoint, v.source) for v in visits], args.n)
-    cases = {key.case_id: visit for key, visit in zip(named, visits, strict=True)}
-    test = read_test_list(args.test_list, cases) if args.test_list else set()
-    if strange := set(overrides) - set(cases):
-        raise UserError(f"{args.suv_override}: {len(strange)} of its case_id are no case here; they are the pseudonyms "
-                        f"in {keys_path}")  # fmt: skip
-    write_keys(keys_path, keys)
+    with only_user(keys_path):  # not while folders are searched, which may take minutes
+        keys = read_keys(keys_path)
+        named = assign(keys, [Key("", v.trial, v.patient, v.timepoint, v.source) for v in visits], args.n)
+        cases = {key.case_id: visit for key, visit in zip(named, visits, strict=True)}
+        test = read_test_list(args.test_list, cases) if args.test_list else set()
+        if strange := set(overrides) - set(cases):
+            raise UserError(f"{args.suv_override}: {len(strange)} of its case_id are no case here; they are the "
+                            f"pseudonyms in {keys_path}")  # fmt: skip
+        write_keys(keys_path, keys)
 
     studies, without_row, unlabelled = [], 0, 0
     patients_of: dict[int, set[tuple[str, str]]] = {}  # by the row that was found for them
@@ -206,6 +220,7 @@ def convert_ghsg(args: argparse.Namespace) -> None:
         if args.link:
             _link(folder, cases)
         _write_splits(folder, studies, cases)
+        check_keys(keys_path, named)
 
     unread = any(UNREADABLE in message for message in messages)
     if convert_studies(dataset, studies, options, args.np, complete=complete) or unread:

@@ -10,6 +10,7 @@ from pathlib import Path
 import nibabel
 import numpy as np
 
+from nnUNet_raw_conversion.conversion import read_row
 from nnUNet_raw_conversion.raw_dataset import write_text
 
 FREE_TEXT = ("descrip", "aux_file", "db_name", "intent_name")  # where converters put what they like
@@ -27,7 +28,7 @@ def link_unchanged(folder: Path, case_id: str, sources: Mapping[str, Path]) -> t
         How many files are links now, and how many could not be since the file system has no links (to there).
     """
     row_file = folder / "conversion" / f"{case_id}.json"
-    row = json.loads(row_file.read_text())
+    row = read_row(row_file)
     ends = {"CT": f"/{case_id}_0000.nii.gz", "PET": f"/{case_id}_0001.nii.gz", "lesions": f"/{case_id}.nii.gz"}
     linked = refused = 0
     for what, source in sources.items():

@@ -7,7 +7,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import nibabel
@@ -15,7 +15,8 @@ import numpy as np
 import SimpleITK as sitk
 
 from nnunet_fratmae.base.command import UserError, nnunet_folder
-from nnunet_fratmae.base.files import writing_to
+from nnunet_fratmae.base.files import plain_name, writing_to
+from nnunet_fratmae.base.locks import locked
 from nnUNet_raw_conversion.geometry import canonical, grid_distance
 
 FILE_ENDING = ".nii.gz"
@@ -23,6 +24,8 @@ LABELS = {"background": 0, "lesion": 1}
 PARTS = ("Tr", "Ts", "Pt")
 """ Labelled training cases, test cases (with or without labels), images for pretraining only (without)."""
 OPTIONS = "conversion_options.json"
+LOCK = ".lock"
+LARGEST_ID = 999  # nnU-Net takes Dataset1234_X for dataset 123 as well (utilities/dataset_name_id_conversion.py)
 LARGEST_ERROR_MM = 0.01  # of the place of a voxel, by the single precision of NIfTI's headers
 
 
@@ -36,34 +39,100 @@ class RawDataset:
     """
 
     def __init__(self, dataset_id: int, name: str) -> None:
-        """Raises UserError for an ID outside 1-999, a name nnU-Net cannot use, a taken ID or an unset variable.
+        """Raises UserError for an ID outside 1-999, a name nnU-Net cannot use, a taken ID or an unset variable."""
+        if not 1 <= dataset_id <= LARGEST_ID:
+            raise UserError(f"-d {dataset_id}: a dataset ID is a number from 1 to {LARGEST_ID} (three digits, as in "
+                            "nnU-Net's names)")  # fmt: skip
+        if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
+            raise UserError(f"-n {name}: a dataset name has only letters, digits, '_' and '-'")
+        self.id, self.folder = dataset_id, nnunet_folder("nnUNet_raw") / f"Dataset{dataset_id:03d}_{name}"
+        self.staging = self.folder.with_name(f".partial_{self.folder.name}")
+        self._is_locked = False
+        self.refuse_taken()
+
+    def refuse_taken(self) -> None:
+        """Raises UserError if another dataset has this ID.
 
         An ID is not taken by a dataset of this name that `finish` made: it can be resumed.
         """
-        if not 1 <= dataset_id <= 999:
-            raise UserError(f"-d {dataset_id}: a dataset ID is a number from 1 to 999")
-        if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
-            raise UserError(f"-n {name}: a dataset name has only letters, digits, '_' and '-'")
-        self.folder = nnunet_folder("nnUNet_raw") / f"Dataset{dataset_id:03d}_{name}"
-        self.staging = self.folder.with_name(f".partial_{self.folder.name}")
         ours = (self.folder / OPTIONS).exists() or ((self.staging / OPTIONS).exists() and not self.folder.exists())
         for variable in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
-            for there in Path(os.environ.get(variable) or os.devnull).glob(f"Dataset{dataset_id:03d}_*"):
+            for there in Path(os.environ.get(variable) or os.devnull).glob(f"Dataset{self.id:03d}_*"):
                 if not (ours and there.name == self.folder.name):
-                    raise UserError(f"-d {dataset_id}: this ID is taken by {there}; choose another, or remove that")
+                    raise UserError(f"-d {self.id}: this ID is taken by {there}; choose another, or remove that")
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """While this is entered no other command writes a dataset of this ID; may be entered again within.
+
+        Raises:
+            UserError: another command does, or the ID was taken meanwhile.
+            WriteError: nnUNet_raw cannot be written to.
+        """
+        if self._is_locked:
+            yield
+            return
+        with writing_to(self.folder.parent):
+            is_new = not self.where.exists()
+            self.where.mkdir(parents=True, exist_ok=True)
+            before = self.where.stat().st_mtime_ns
+        with locked(self.where / LOCK, f"dataset {self.id} in {self.folder.parent}"):
+            self._is_locked, since = True, self.where.stat().st_mtime_ns
+            try:
+                if not (self.where / LOCK).exists():  # renamed while we came to lock it
+                    raise UserError(f"dataset {self.id} in {self.folder.parent} was just finished by another command; "
+                                    "say the same again", "IN_USE")  # fmt: skip
+                self.refuse_taken()
+                yield
+            finally:
+                self._is_locked = False
+                self._unlock(is_new, before, since)
+
+    def _unlock(self, is_new: bool, before: int, since: int) -> None:
+        """Remove the lock from where the folder is now, and the hidden folder if nothing got into it.
+
+        A folder in which nothing happened since it was locked keeps the time of change that it had before.
+        """
+        where = self.where
+        same = where.exists() and where.stat().st_mtime_ns == since
+        (where / LOCK).unlink(missing_ok=True)
+        if is_new:
+            with suppress(OSError):  # unless there is something in it
+                self.staging.rmdir()
+        elif same:
+            os.utime(where, ns=(where.stat().st_atime_ns, before))
 
     def __enter__(self) -> RawDataset:
-        self.refuse_existing()
-        shutil.rmtree(self.staging, ignore_errors=True)
-        with writing_to(self.folder.parent):
-            self.staging.mkdir(parents=True)
+        self._lock = self.locked()
+        self._lock.__enter__()
+        try:
+            self._begin()
+        except BaseException:
+            self._lock.__exit__(None, None, None)
+            raise
         return self
 
+    def _begin(self) -> None:
+        self.refuse_existing()
+        self._clear()
+
     def __exit__(self, error_type: type | None, *_: object) -> None:
-        if error_type is None:
-            self.finish()
-        else:
-            shutil.rmtree(self.staging, ignore_errors=True)
+        try:
+            if error_type is None:
+                self.finish()
+            else:
+                shutil.rmtree(self.staging, ignore_errors=True)
+        finally:
+            self._lock.__exit__(None, None, None)
+
+    def _clear(self) -> None:
+        """Remove what is in the hidden folder, but not our lock."""
+        with writing_to(self.staging):
+            for there in [there for there in self.staging.iterdir() if there.name != LOCK]:
+                if there.is_dir() and not there.is_symlink():
+                    shutil.rmtree(there)
+                else:
+                    there.unlink()
 
     @property
     def where(self) -> Path:
@@ -79,7 +148,9 @@ class RawDataset:
         """Raises UserError if cases were converted with other options (as JSON)."""
         there, options = self.where, json.loads(json.dumps(options))  # as it is when read back
         path = there / OPTIONS
-        before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else options
+        before = read_json(path) if path.exists() else options
+        if not isinstance(before, dict):
+            raise UserError(f"{path}: is damaged; remove {there}, or choose another -d")
         if before != options and any(there.glob(f"images*/*{FILE_ENDING}")):
             key = next(k for k in sorted({*before, *options}) if before.get(k) != options.get(k))
             raise UserError(f"{there} was begun with {key}={before.get(key)}, now it is {options.get(key)}; "
@@ -98,7 +169,7 @@ class RawDataset:
         there = self.where
         if not (there / OPTIONS).exists():  # what another command left when it was killed
             self.refuse_existing()
-            shutil.rmtree(self.staging, ignore_errors=True)
+            self._clear()
         with writing_to(self.folder.parent):
             if there == self.folder:
                 self.folder.rename(self.staging)
@@ -125,6 +196,7 @@ class RawDataset:
         with writing_to(self.folder.parent):
             shutil.rmtree(there / ".writing", ignore_errors=True)
             if there != self.folder:
+                self.refuse_taken()
                 there.rename(self.folder)
 
 
@@ -156,12 +228,19 @@ def write_case(
     return list(images)
 
 
-def remove_case(folder: Path, case_id: str) -> None:
-    """Remove the files that `write_case` may have written for a case, to whichever part."""
+def case_files(case_id: str) -> list[str]:
+    """The paths, relative to the dataset, of all files that `write_case` may write for a case, to whichever part."""
+    names = []
     for part in PARTS:
-        names = [f"images{part}/{case_id}_{channel:04d}" for channel in (0, 1)] + [f"labels{part}/{case_id}"]
-        for name in names:
-            (folder / f"{name}{FILE_ENDING}").unlink(missing_ok=True)
+        names += [f"images{part}/{case_id}_{channel:04d}{FILE_ENDING}" for channel in (0, 1)]
+        names.append(f"labels{part}/{case_id}{FILE_ENDING}")
+    return names
+
+
+def remove_case(folder: Path, case_id: str) -> None:
+    """Remove the files that `write_case` may have written for a case."""
+    for name in case_files(plain_name(case_id, f"{folder}: the case {case_id!r}")):
+        (folder / name).unlink(missing_ok=True)
 
 
 @contextmanager
@@ -187,12 +266,23 @@ def new_file(folder: Path, name: str) -> Iterator[Path]:
 
 
 def write_text(folder: Path, name: str, text: str) -> None:
-    """Write the file `name` below `folder` whole or not at all (UTF-8), unless it is there with this text."""
-    target = folder / name
-    if target.is_file() and target.read_bytes() == text.encode():
+    """Write the file `name` below `folder` whole or not at all (UTF-8), unless it is there with this text.
+
+    What is no UTF-8 in a name of a file is written as \\udcfc.
+    """
+    target, content = folder / name, text.encode(errors="backslashreplace")
+    if target.is_file() and target.read_bytes() == content:
         return
     with new_file(folder, name) as partial:
-        partial.write_text(text, encoding="utf-8")
+        partial.write_bytes(content)
+
+
+def read_json(path: Path) -> object:
+    """What is in a json file, or None if that is none: cut off, of other bytes, or nested without end."""
+    try:
+        return json.loads(path.read_bytes())
+    except (ValueError, RecursionError):
+        return None
 
 
 def _write_nifti(folder: Path, name: str, image: sitk.Image) -> None:

@@ -18,7 +18,15 @@ from nnUNet_raw_conversion.clinical import YEARS
 from nnUNet_raw_conversion.dicom.choose import choose_pet
 from nnUNet_raw_conversion.dicom.fields import parse_date
 from nnUNet_raw_conversion.dicom.index import Series, scan
-from nnUNet_raw_conversion.folders import PatientFolders, nifti_cases, without_trial
+from nnUNet_raw_conversion.folders import (
+    PatientFolders,
+    archives_message,
+    count_archives,
+    nifti_cases,
+    unreadable_folders,
+    without_trial,
+)
+from nnUNet_raw_conversion.pseudonyms import same_name
 
 ALL = 0
 IMAGES = ("PT", "CT")
@@ -73,8 +81,12 @@ def find_visits(
     """
     messages, series, cases, unreadable = [], {}, {}, 0
     roots: dict[Path, Path] = {}
+    closed: dict[Path, list[Path]] = {}
+    archives: Counter[str] = Counter()
     for root in inputs:
         found, bad = scan(root, progress)
+        closed[root] = unreadable_folders(root)
+        archives += count_archives(root)
         unreadable += bad
         for one in found:
             series.setdefault((one.patient, one.study_uid, one.series_uid, one.modality), one)
@@ -83,9 +95,14 @@ def find_visits(
     people = _People(list(series.values()), roots, cases, known, level)
     nifti = [_nifti_visit(*case, people.folders[root]) for root in inputs for case in cases[root].items()]
     visits = _merge(_dicom_visits(people, messages), nifti, messages)
+    for root in inputs:
+        visits = _with_unreadable(visits, root, closed[root], people.folders[root])
+    packed = archives_message(archives)
     if not visits:
         where = " ".join(map(str, inputs))
-        raise UserError(f"-i {where}: holds no PET or CT, neither DICOM nor NIfTI; give the folder of the studies")
+        raise UserError(f"-i {where}: holds no PET or CT, neither DICOM nor NIfTI; "
+                        + (packed or "give the folder of the studies"))  # fmt: skip
+    messages += [packed] if packed else []
     for folders in people.folders.values():
         if folders.level:
             messages.append(f"-i {folders.root}: the folders {folders.level + 1} levels below it are taken for "
@@ -101,8 +118,10 @@ def select(visits: Iterable[Visit], timepoint: int) -> tuple[list[Visit], list[s
     Visits without a usable PET count only where a patient has no other: they are then reported as failed.
     """
     patients: dict[tuple, list[Visit]] = defaultdict(list)
+    visits = _without_doubles(list(visits))  # again, for a table may have told their trials since
     for visit in visits:
-        patients[visit.trial, visit.patient].append(visit)
+        mine = patients[visit.trial, same_name(visit.patient)]
+        mine.append(replace(visit, patient=mine[0].patient) if mine else visit)  # as it is spelled first
     chosen, without, faulty = [], 0, 0
     for mine in patients.values():
         usable = sorted((v for v in mine if not v.problem), key=lambda v: (v.pet is None, v.order))
@@ -405,6 +424,31 @@ def _merge(dicom: list[Visit], nifti: list[Visit], messages: list[str]) -> list[
     return visits
 
 
+def _with_unreadable(visits: list[Visit], root: Path, closed: list[Path], folders: PatientFolders) -> list[Visit]:
+    """All visits, where one fails that has files beside a folder that cannot be read, for these may be the rest of it;
+    and such a folder that belongs to no patient, or of whom it is unclear, is a visit of its own, which fails."""
+    visits = list(visits)
+    for folder in closed:
+        problem = "one of its folders cannot be read; permit it (chmod -R u+rX), then say the same again"
+        beside = [i for i, visit in enumerate(visits) if folder.parent != root and _is_below(visit, folder.parent)]
+        if len({(visits[i].trial, visits[i].patient) for i in beside}) == 1:
+            for i in beside:
+                visits[i] = replace(visits[i], problem=visits[i].problem or problem)
+        else:
+            patient, name, timepoint = folders.split(folder)
+            names = tuple(folder.relative_to(root).parts)
+            visits.append(Visit(trial_in(" ".join((root.name, *names))), patient or folder.name, timepoint, str(folder),
+                                tuple(filter(None, (name, without_trial(name)))), problem=problem,
+                                folders=names))  # fmt: skip
+    return visits
+
+
+def _is_below(visit: Visit, folder: Path) -> bool:
+    files = [*(visit.pet.files[:1] if visit.pet else ()), *visit.files.values()]
+    files += [file for one in visit.series for file in one.files[:1]]
+    return any(folder in file.parents for file in files)
+
+
 def _names(files: Iterable[Path], root: Path) -> tuple[str, ...]:
     parts = (file.relative_to(root).parts for file in files)
     return tuple({name for *folders, last in parts for name in (*folders, last.split(".")[0])})
@@ -419,7 +463,10 @@ def _tag(series: Series, keyword: str) -> str:
 
 
 def _without_doubles(visits: list[Visit]) -> list[Visit]:
-    count = Counter((v.trial, v.patient.casefold(), v.timepoint) for v in visits)
+    def who(visit: Visit) -> tuple[str, str, str]:
+        return visit.trial, same_name(visit.patient), same_name(visit.timepoint)
+
+    count = Counter(map(who, visits))
     text = "two folders hold the same patient and time point; keep one, or name the trial (HD18) in its folder"
     once = {key for key, number in count.items() if number == 1}
-    return [v if (v.trial, v.patient.casefold(), v.timepoint) in once else replace(v, problem=text) for v in visits]
+    return [v if who(v) in once else replace(v, problem=text) for v in visits]

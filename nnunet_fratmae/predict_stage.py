@@ -4,7 +4,6 @@ FratMAETrainer with finetune.stage_weight."""
 from __future__ import annotations
 
 import argparse
-import csv
 import itertools
 import os
 import re
@@ -17,6 +16,7 @@ import numpy as np
 
 from nnunet_fratmae.base.command import UserError, check_device, run_command
 from nnunet_fratmae.base.files import renamed
+from nnunet_fratmae.base.tables import csv_text
 from plans.dataset_json import check_dataset_json
 from plans.extension import JOINT_NETWORK, channel_modalities, find_channels, find_modalities
 from plans.models import check_architecture, read_model_files
@@ -155,11 +155,9 @@ def find_studies(folder: Path, dataset_json: dict[str, Any]) -> dict[str, list[s
 
 def write_stages(path: Path, classes: Sequence[str], rows: Sequence[tuple[str, np.ndarray]]) -> None:
     """A row a case: case, predicted class, probability of each class (columns p_CLASS)."""
-    with path.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["case", "predicted", *(f"p_{name}" for name in classes)])
-        for case, probabilities in rows:
-            writer.writerow([case, classes[int(np.argmax(probabilities))], *(f"{p:.6f}" for p in probabilities)])
+    columns = ["case", "predicted", *(f"p_{name}" for name in classes)]
+    cells = [[case, classes[int(np.argmax(p))], *(f"{value:.6f}" for value in p)] for case, p in rows]
+    path.write_text(csv_text(columns, cells), encoding="utf-8")
 
 
 # ------------------------------------------------------------------------------------------------------- the prediction

@@ -26,7 +26,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from nnunet_fratmae.artefact import compare, load_encoders
 from nnunet_fratmae.augmentation import physical_augmentation
 from nnunet_fratmae.base.command import UserError, check_device
-from nnunet_fratmae.base.lock import alone_in
+from nnunet_fratmae.base.locks import alone_in
 from nnunet_fratmae.base.weights import nothing_executed, whole_checkpoint
 from nnunet_fratmae.checkpoints import FINAL, LATEST, PREVIOUS, choose_checkpoint
 from nnunet_fratmae.ending import one_line

@@ -5,7 +5,6 @@ Folders of stored cases are written aside and take their place when they are who
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import shutil
@@ -16,6 +15,7 @@ from typing import Any
 
 from nnunet_fratmae.base.command import UserError, nnunet_folder
 from nnunet_fratmae.base.files import WriteError, renamed, writing_to
+from nnunet_fratmae.base.locks import locked
 
 PLANS_NAME = "FratMAEPlans"
 FOLDS = 5  # that nnU-Net makes by itself
@@ -194,18 +194,8 @@ def planning(preprocessed: Path) -> Iterator[None]:
     """
     with writing_to(preprocessed):
         preprocessed.mkdir(parents=True, exist_ok=True)
-        lock = os.open(preprocessed / LOCK, os.O_CREAT | os.O_RDWR)
-    try:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"{preprocessed}: another fratmae_plan_and_preprocess works there; wait until it has "
-                            "ended") from None  # fmt: skip
-        except OSError:  # a file system without locks
-            pass
+    with locked(preprocessed / LOCK, str(preprocessed)):
         yield
-    finally:
-        os.close(lock)
 
 
 @contextmanager

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from nnunet_fratmae.artefact import compare
 from nnunet_fratmae.base.command import UserError
-from nnunet_fratmae.base.lock import alone_in
+from nnunet_fratmae.base.locks import alone_in
 from plans.contract import Contract
 from plans.settings import Settings
 from plans.units import MODALITIES

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import csv
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from tqdm import tqdm
 
 from nnunet_fratmae.base.command import UserError, check_device, find_dataset, run_command
 from nnunet_fratmae.base.files import renamed
+from nnunet_fratmae.base.tables import csv_text
 from nnunet_fratmae.base.weights import check_finite, read_safetensors
 from nnUNet_raw_conversion.clinical import ClinicalRecord, prompt, read_clinical
 from plans.contract import CONTRACT_NAME, WEIGHTS_NAME
@@ -228,10 +228,8 @@ def _rows(names: list[str], held_out: list[str], records: dict, columns: dict) -
 
 def _write(path: Path, rows: list[dict[str, str]]) -> None:
     try:
-        with renamed(path) as partial, partial.open("w", newline="") as file:
-            writer = csv.DictWriter(file, rows[0])
-            writer.writeheader()
-            writer.writerows(rows)
+        with renamed(path) as partial:
+            partial.write_text(csv_text(list(rows[0]), rows), encoding="utf-8")
     except OSError as error:
         raise UserError(f"-o {path}: cannot be written ({error.strerror})") from None
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from nnunet_fratmae.base.command import UserError, check_device
-from nnunet_fratmae.base.lock import LOCK_NAME, alone_in
+from nnunet_fratmae.base.locks import LOCK_NAME, alone_in
 from nnunet_fratmae.checkpoints import BEST, FINAL, LATEST, PREVIOUS
 from nnunet_fratmae.ending import one_line
 from nnunet_fratmae.trainer import FratMAETrainer
@@ -188,7 +188,7 @@ def test_a_full_disk_ends_a_training_in_one_line_and_leaves_what_was_there(train
 
 
 def test_a_second_process_in_the_folder_is_refused_and_the_first_frees_it(tmp_path):
-    program = ("import sys; from pathlib import Path; from nnunet_fratmae.base.lock import alone_in\n"
+    program = ("import sys; from pathlib import Path; from nnunet_fratmae.base.locks import alone_in\n"
                "with alone_in(Path(sys.argv[1])): print('in')\n")  # fmt: skip
 
     def other() -> subprocess.CompletedProcess:

@@ -282,7 +282,7 @@ def test_two_plannings_at_once_are_one_and_a_refusal(tmp_path):
     first = context.Process(target=_hold, args=(str(tmp_path / "Dataset003_Toy"), ready, done))
     first.start()
     assert ready.wait(120)
-    with pytest.raises(UserError, match="another fratmae_plan_and_preprocess works there"), \
+    with pytest.raises(UserError, match="is being written by another command"), \
             planning(tmp_path / "Dataset003_Toy"):  # fmt: skip
         pass
     done.set()

@@ -33,6 +33,9 @@ def run_command(parser: argparse.ArgumentParser, main: Callable[[argparse.Namesp
     its type and place in our code, without its text, which may name a patient's file. With `--debug` the traceback is
     shown instead. Ctrl-C ends with exit code 130, as in a shell.
     """
+    for stream in (sys.stdout, sys.stderr):  # paths may be no UTF-8, and a terminal may know ASCII alone
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     args = parser.parse_args()
     try:
@@ -87,11 +90,13 @@ def nnunet_folder(variable: str) -> Path:
     """The folder that one of nnU-Net's environment variables (nnUNet_raw, nnUNet_preprocessed, nnUNet_results) names.
 
     Raises:
-        UserError: the variable is not set.
+        UserError: the variable is not set, or its folder's name is no text.
     """
     value = os.environ.get(variable)
     if not value:
         raise UserError(f"the environment variable {variable} is not set; say `export {variable}=/path/to/a/folder`")
+    if any("\ud800" <= character <= "\udfff" for character in value):  # nnU-Net's readers die of such names
+        raise UserError(f"{variable}: this folder's name is no UTF-8; rename it")
     return Path(value)
 
 
@@ -135,9 +140,9 @@ def check_device(device: str) -> None:
 
 
 def cause(error: BaseException) -> str:
-    """What an error says on one line; of one that torch's DataLoader brings from another process, what it said there
+    """What an error says; of one that torch's DataLoader brings from another process, what it said there, on one line
     (torch puts the traceback around it)."""
     text = str(error)
-    if text.startswith("Caught "):
-        text = re.split(r"(?m)^(?:[\w.]+\.)?(?:UserError|\w+Error): ", text)[-1]
-    return " ".join(text.split())
+    if not text.startswith("Caught "):
+        return text
+    return " ".join(re.split(r"(?m)^(?:[\w.]+\.)?(?:UserError|\w+Error): ", text)[-1].split())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import re
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -82,3 +83,25 @@ def plain_name(name: object, where: str) -> str:
     if not isinstance(name, str) or not re.fullmatch(r"[^./\\\x00-\x1f][^/\\\x00-\x1f]*", name):
         raise UserError(f"{where}: is no name of a folder or file; give letters, digits, '_', '-' and '.' only")
     return name
+
+
+def is_text(path: Path | str) -> bool:
+    """Whether a path is text: names of files are bytes, and those of old archives and Windows CDs may be no UTF-8."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+@contextmanager
+def as_text(path: Path) -> Iterator[Path]:
+    """`path`, or if it `is_text` not, a link to it that is: ITK ends the whole process at any other name."""
+    if is_text(path):
+        yield path
+        return
+    with tempfile.TemporaryDirectory(prefix="fratmae_") as folder:
+        name = os.fsencode(path.name).decode("ascii", "replace").replace("\ufffd", "_")  # the ending says the format
+        link = Path(folder, name)
+        link.symlink_to(path.absolute())
+        yield link

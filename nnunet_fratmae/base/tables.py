@@ -7,7 +7,8 @@ import io
 import re
 from collections.abc import Iterable, Mapping, Sequence
 
-_FORMULA = re.compile(r"'*\s*[=+\-@]|'*\t")
+# The wide forms of the signs as well, which spreadsheets in Japan take for the signs
+_FORMULA = re.compile(r"'*\s*[=+\-@\uff1d\uff0b\uff0d\uff20]|'*\t")
 
 
 def csv_text(columns: Sequence[str], rows: Iterable[Mapping[str, object] | Sequence[object]]) -> str:

@@ -9,6 +9,7 @@ import SimpleITK as sitk
 from nibabel.nifti1 import Nifti1PairHeader
 
 from nnunet_fratmae.base.command import UserError
+from nnunet_fratmae.base.files import as_text
 from nnunet_fratmae.base.nifti import (
     NIFTI_ENDINGS,
     check_bytes,
@@ -45,15 +46,16 @@ def read_image(path: Path, called: str | None = None, notes: list[str] | None = 
                         "IMAGE_FORMAT")  # fmt: skip
     header = checked_nifti(path, name) if kind in NIFTI_ENDINGS else None
     reader = sitk.ImageFileReader()
-    reader.SetFileName(str(path))
     try:
-        reader.ReadImageInformation()
-        size, itk_size = reader.GetSize(), reader.GetNumberOfComponents() * _item_bytes(reader)
-        check_dimensions(len(size), reader.GetNumberOfComponents(), name)
-        check_bytes(size, itk_size, name)
-        if kind in RAW_ENDINGS and path.stat().st_size < np.prod(size, dtype=float) * itk_size:
-            raise UserError(f"{name}: ends too early; copy or download it again", "IMAGE_CUT_OFF")
-        image = reader.Execute()
+        with as_text(path) as readable:
+            reader.SetFileName(str(readable))
+            reader.ReadImageInformation()
+            size, itk_size = reader.GetSize(), reader.GetNumberOfComponents() * _item_bytes(reader)
+            check_dimensions(len(size), reader.GetNumberOfComponents(), name)
+            check_bytes(size, itk_size, name)
+            if kind in RAW_ENDINGS and path.stat().st_size < np.prod(size, dtype=float) * itk_size:
+                raise UserError(f"{name}: ends too early; copy or download it again", "IMAGE_CUT_OFF")
+            image = reader.Execute()
     except RuntimeError as error:
         raise _unreadable(path, name, "" if called else _reason(error), header) from None
     if header is not None:
