@@ -46,14 +46,19 @@ LESION = _words(
     karzinom karzinome carcinome cáncer cancro carcinoom lymphoma lymphom lymphome linfoma lymfoom melanoma melanom
     mélanome sarcoma sarkom sarcome hcc nsclc sclc malignant malignancy maligne maligno primary primaries primarius
     primärtumor infiltrate infiltration infiltrat infiltrates befall rezidiv rezidive recurrence recurrent récidive
-    recidiva recidivo deposit deposits tumorthrombus
+    recidiva recidivo deposit deposits tumorthrombus lokalrezidiv lokalrezidive tu resttumor restlymphom weichteiltumor
+    involvement involved karzinose carcinomatosis carcinosis
     """
 )
 # Said with a lesion they deny it or take it away; then nobody can tell but who drew it
 DENIAL = _words(
     """
     no not non negative without ohne kein keine minus excl excluding except sans sin senza sem zonder benign benigne
-    benigno gutartig subtract subtracted
+    benigno gutartig subtract subtracted nonmalignant nicht neg negativ free frei freie freies freien less exclude
+    excluded exkludiert abzgl abzüglich uninvolved unaffected elective elektiv elektive reactive reaktiv reaktive
+    reaktiver inflammatory inflammation entzündlich entzündliche entzündlicher degenerative degenerativ unspecific
+    nonspecific unspezifisch unspezifische false incl including inkl inklusive containing margin margins exp expanded
+    expansion shell rand peritumoral mirror mirrored box bbox bounding bed bett delete deleted
     """
 )
 REFERENCE = _words(
@@ -62,9 +67,9 @@ REFERENCE = _words(
     bkg bgd bgr hintergrund fond fondo achtergrund bloodpool blood blut blutpool mbp bp pool sang sangre sangue bloed
     percist physiologic physiological physiologisch physiologische physiologique fisiologico fisiológico fysiologisch
     injection injektion injektionsstelle injectionsite paravasat paravasation extravasation extravasate normal healthy
-    gesund gesunde sano sain sana control kontrolle artifact artifacts artefact artefacts artefakt artefakte noise
-    rauschen brown bat urine urin orina catheter katheter port portkammer stent prosthesis prothese endoprothese
-    implant implants implantat pacemaker schrittmacher bolus couch table tisch support helper hilfsstruktur
+    gesund gesunde mbps braunes braune sano sain sana control kontrolle artifact artifacts artefact artefacts artefakt
+    artefakte noise rauschen brown bat urine urin orina catheter katheter port portkammer stent prosthesis prothese
+    endoprothese implant implants implantat pacemaker schrittmacher bolus couch table tisch support helper hilfsstruktur
     """
 )
 ORGANS = _words(
@@ -119,7 +124,7 @@ ORGANS = _words(
     rll trunc trunk extremity hypothalamus amygdala caudate putamen pallidum insula callosum corpus pelvicbones
     scapulas calvarium orbit orbits sinus sinuses maxillary ear ears hardpalate softpalate supraglottis subglottis
     circumflex skeletalmuscle visceral esophageal crânio costela costelas coluna ossos quadril schedel ribben wervel
-    wervels wervelkolom heup botten dijbeen
+    wervels wervelkolom heup botten dijbeen stem mandibula submandibularis brachialis rektum patientenaussenkontur
     """
 )
 # Of which there are many, told by their number: a number after another organ counts something in it
@@ -153,11 +158,11 @@ SIDES_AND_PARTS = _words(
     """
     left right lef rig l r lt rt li re links rechts linke rechte linker rechter linkes rechtes gauche droit droite
     izquierdo izquierda derecho derecha sinistra sinistro destra destro esquerda esquerdo direita direito linkerkant
-    both bilateral beidseits bds upper lower middle mid superior inferior oben unten ober unter mittel anterior
-    posterior medial proximal distal ant post sup inf obere untere oberer unterer ventral caudal kranial cranial
-    kaudal dexter sinister ascendens descendens ascending descending arch total whole all small large big the of and
-    und et y e de del des du la le di da der die das von im in am an bei near with mit organ organs oar mask maske roi
-    rois voi vois vol volume volumen label labels segments segmentation segmentierung structure struktur copy kopie
+    both bilateral beidseits bds upper lower middle mid outer asc superior inferior oben unten ober unter mittel
+    anterior posterior medial proximal distal ant post sup inf obere untere oberer unterer ventral caudal kranial
+    cranial kaudal dexter sinister ascendens descendens ascending descending arch total whole all small large big the of
+    and und et y e de del des du la le di da der die das von im in am an bei near with mit organ organs oar mask maske
+    roi rois voi vois vol volume volumen label labels segments segmentation segmentierung structure struktur copy kopie
     new neu old alt final auto manual manuell expert reader model prediction pred uptake aufnahme anreicherung suv
     suvmax i v ii iii iv nothing cut pet ct thr threshold isocontour contour percent fixed adaptive n p t a b c d
     number nr sphere sphäre kugel cube würfel main other others types type mm cm s index target first second third
@@ -202,7 +207,7 @@ HELPERS = _words("ptv ctv itv irv prv pctv isodose isodosen isodoses bolus avoid
                  "ödem ödeme gy cgy")  # fmt: skip
 # Known words that are names of people as well: they tell what an ROI is, but are not shown
 ALSO_NAMES = _words("costa coste jan mai rene reni hart long longen rein reins massa massen masse masa sano sain sana "
-                    "capo vet rim big lies rosa seno sein seins")  # fmt: skip
+                    "capo vet rim big lies rosa seno sein seins tu free frei less rand bett stem box")  # fmt: skip
 KNOWN = LESION | DENIAL | REFERENCE | ORGANS | REGIONS | SIDES_AND_PARTS | IMAGING | HELPERS | {"lymph"}
 
 

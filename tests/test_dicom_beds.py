@@ -95,8 +95,11 @@ def test_ranges_of_other_frames_of_reference_that_abut_in_one_plane(tmp_path):
         (14, PET_SHAPE[0], {}, "a gap of 13 mm"),
         (12, PET_SHAPE[0], {"spacing": (6.0, 9.0, 6.5)}, "another size"),
         (12, PET_SHAPE[0], {"direction": np.array([[1, 0, 0], [0, -1, 0], [0, 0, 1]])}, "another direction"),
+        (12, PET_SHAPE[0], {"PatientWeight": 80.0}, "another weight"),
+        (12, PET_SHAPE[0], {"RadiopharmaceuticalStartTime": "113000", "RadionuclideTotalDose": 90e6},
+         "another injected dose and time of injection"),
     ],
-)
+)  # fmt: skip
 def test_other_ranges_are_not_joined_but_told(tmp_path, first, last, more, why):
     write_beds(tmp_path, 0, PET_SHAPE[0] if why is None else 12, "early")
     write_beds(tmp_path, first, last, "other", **more)

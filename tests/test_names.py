@@ -16,7 +16,9 @@ from tests.dicom_files import code
     "Liver met 2", "Lymphknoten axillär links", "métastase hépatique", "lésion osseuse", "lesione ossea",
     "Rundherd OL re", "ganglio axilar", "Lebermetastase", "Liver-Met 2", "GTV-Lung", "GTV ohne Luft", "GTVLee",
     "GTVMUELLER", "GTV李", "Target lesion 1", "iGTV", "lesão hepática",
-    "uitzaaiing lever", "adénopathie médiastinale", "Lymph node 4R",
+    "uitzaaiing lever", "adénopathie médiastinale", "Lymph node 4R", "GTVp 70 Gy", "GTV60Gy", "LK axillär sin",
+    "Lymphom iliaca com sin 2", "Lokalrezidiv", "Tu rechts", "Rektumkarzinom", "Spleen involvement", "soft tissue mass",
+    "LN neck II left", "ganglion cervical",
 ])  # fmt: skip
 def test_names_of_lesions(name):
     assert kind_of(name) is Kind.LESION
@@ -45,7 +47,8 @@ Vertebral body L3|Lung minus GTV|Leber ohne Herd"""
 LANGUAGES = """Rechte Niere|NiereRechts|Leber|Milz|Harnblase|Körper|rein gauche|vessie|foie|cerveau|hígado
 riñón derecho|vejiga|fegato|rene destro|vescica|lever|rechter nier|blaas|fígado|rim esquerdo|coração"""
 PLANNING = """PTV60|PTV_50Gy|CTVn|zPTV_opt|ITV1|ring 2cm|CouchSurface|Bolus|95%|105 %|isodose 40|GTV_Edema
-PRV cord|avoid_bowel|Organ Müßiggang|OAR_x"""
+PRV cord|avoid_bowel|Organ Müßiggang|OAR_x|BrainStem|Aorta asc|GTV+5mm|GTV_N + 1 cm|Dose 50Gy
+Lungs – GTV|Liver w/o GTV|Plexus brachialis li"""
 
 
 @pytest.mark.parametrize("names", [PEDIATRIC_CT_SEG, TOTALSEGMENTATOR, TG263, REFERENCES, LANGUAGES, PLANNING])
@@ -56,7 +59,9 @@ def test_names_that_are_no_lesions(names):
 @pytest.mark.parametrize("name", [
     "1", "L", "L1", "ROI 1", "Segment_1", "boost", "Kettler", "Liver Kettler", "mediastinum",
     "axilla left", "Liver 2", "bone", "string", "no lesion", "kein Tumor", "benign lesion", "tumor background",
-    "reference lesion",
+    "reference lesion", "Lung free of tumor", "nicht maligne LK", "reactive LN", "LN neg", "elective nodes",
+    "Liver incl. GTV", "GTV margin", "Tumor Rand 5mm", "Tumor bed", "bounding box tumor", "lesion excluded",
+    "LN_Neck_II_L", "LN_Ax_L1_R", "AV node", "Ganglion coeliacum", "stellate ganglion", "muscle mass",
 ])  # fmt: skip
 def test_names_that_only_a_person_can_tell(name):
     assert kind_of(name) is Kind.UNKNOWN

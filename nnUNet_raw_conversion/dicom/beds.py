@@ -12,7 +12,7 @@ import numpy as np
 import pydicom
 import SimpleITK as sitk
 
-from nnUNet_raw_conversion.dicom.fields import date_and_time
+from nnUNet_raw_conversion.dicom.fields import date_and_time, number_of, parse_time, text_of
 from nnUNet_raw_conversion.dicom.index import Series
 from nnUNet_raw_conversion.dicom.volume import COSINE_TOLERANCE, EVEN_MM
 from nnUNet_raw_conversion.geometry import resample_to
@@ -126,7 +126,21 @@ def _unfit(one: Series, whole: Series, normal: np.ndarray) -> str:
         return "it shows the same part of the body"
     if whole.modality == "PT" and -gap > FEW * shorter and (apart := _apart(one, whole)) and apart > ONE_SCAN:
         return f"it was scanned {apart.total_seconds() / 60:.0f} min earlier or later"
-    return ""
+    return _other_injection(one, whole) if whole.modality == "PT" else ""
+
+
+def _other_injection(one: Series, other: Series) -> str:
+    """Which of weight, dose and time of injection differs between two PET series that both say it, or ""."""
+    drugs = [(series.header.get("RadiopharmaceuticalInformationSequence") or [pydicom.Dataset()])[0]
+             for series in (one, other)]  # fmt: skip
+    said = {
+        "weight": [number_of(series.header, "PatientWeight") for series in (one, other)],
+        "injected dose": [number_of(drug, "RadionuclideTotalDose") for drug in drugs],
+        "time of injection": [parse_time(text_of(drug, "RadiopharmaceuticalStartTime")) for drug in drugs],
+        "day of injection": [text_of(drug, "RadiopharmaceuticalStartDateTime")[:8] for drug in drugs],
+    }
+    differing = [what for what, (a, b) in said.items() if a and b and a != b]
+    return f"another {' and '.join(differing)}" if differing else ""
 
 
 def _apart(one: Series, other: Series) -> timedelta | None:

@@ -48,13 +48,24 @@ class Kind(Enum):
 # Of percentages those of isodoses; "Lesion 41%" is a lesion in PET, cut at that part of its maximum.
 NO_LESION = re.compile(
     r"(?<![a-z])(z?[pci]tv|irv|prv|isodos\w*|bolus|couch|avoid\w*|opti|ring|dose|oe?dem\w*|edem\w*|ödem)(?![a-z])"
-    r"|(?<![a-z])[pci]tv[a-z]?(?![a-z])|(?:[89]|1\d)\d ?%|\d ?c?gy(?![a-z])",
+    r"|(?<![a-z])[pci]tv[a-z]?(?![a-z])|(?:[89]|1\d)\d ?%|^(?!.*gtv).*\d ?c?gy(?![a-z])"  # GTVp 70 Gy: a lesion's dose
+    r"|gtv.*\+ ?\d+ ?[cm]m",
+    re.IGNORECASE,
+)
+# Said of a lesion and of what every patient has: the nodal levels of TG-263, which programs draw by themselves, the
+# nodes of the heart, ganglia (which take up PSMA; in French they are lymph nodes), and what has mass
+_ALSO_NORMAL = re.compile(
+    r"^ln (?:ax|neck) (?:l\d|[ivx]+[ab]?) [lr]$|^ln pelvics$|(?<![a-z])(?:av|sa|sinoatrial|atrioventricular) ?node"
+    r"|sinusknoten|(?:coeli|celi|stellat)\w* gangli|gangli\w* (?:coeli|celi|stellat)"
+    r"|(?<![a-z])(?:muscle|fat|lean|body|lv) mass(?![a-z])",
     re.IGNORECASE,
 )
 # "Lungs-GTV" is TG-263's name of the lungs without the tumour; "Lung minus lesion", "Leber ohne Herd"
 _WITHOUT = re.compile(
-    r"^(.*?[^\W_])(?:\s*-\s*(?=[pci]?gtv|[pci]tv)|[\W_]*(?:minus|without|ohne|excl\w*|sans|sin|senza)[\W_])", re.I
-)
+    r"^(.*?[^\W_])(?:\s*[-–−]\s*(?=[pci]?gtv|[pci]tv)"
+    r"|[\W_]*(?:minus|without|ohne|excl\w*|sans|sin|senza)[\W_]|[\W_]+w/o?[\W_])", re.I
+)  # fmt: skip
+_SINISTER = re.compile(r"(?<![^\W\d_])sin(?=[\W\d_]*$)", re.I)  # at the end it is no Spanish "without": LK axilla sin
 _SAID_ORGANS = frozenset(("organ", "organs", "oar", "oars"))  # "OAR x": whatever the organ is
 _GTV = re.compile(r"(?<![a-z])i?gtv", re.IGNORECASE)  # also run together with what follows: GTVnode, GTVLungL
 # RT ROI Interpreted Type (3006,00A4), PS3.3 C.8.8.8.1. Not ORGAN: many systems write it for whatever was drawn.
@@ -160,7 +171,7 @@ def select_rois(
 
 
 def _kind_of_name(name: str) -> Kind:
-    name = repaired(name)
+    name = _SINISTER.sub("left", repaired(name))
     spaced = _spaced(name)
     if NO_LESION.search(spaced):
         return Kind.NONE
@@ -174,7 +185,8 @@ def _kind_of_name(name: str) -> Kind:
     words = set(words)
     lesion = bool(words & LESION or _GTV.search(spaced))
     if lesion:
-        return Kind.UNKNOWN if words & (DENIAL | REFERENCE) else Kind.LESION
+        sure = not words & (DENIAL | REFERENCE) and not _ALSO_NORMAL.search(spaced)
+        return Kind.LESION if sure else Kind.UNKNOWN
     if words & _SAID_ORGANS:
         return Kind.NONE
     neutral = REGIONS | SIDES_AND_PARTS | IMAGING | HELPERS | ORGANS | REFERENCE
