@@ -216,7 +216,7 @@ def test_a_damaged_case_ends_a_training_with_its_name(tmp_path, capsys):
                            "statements above for the actual error message")
     assert "\n" not in str(error.value) and "print statements" not in str(error.value)
     window = (slice(0, 8), slice(0, 24), slice(0, 40))
-    with pytest.raises(UserError, match="b.b2nd: cannot be read"):
+    with pytest.raises(UserError, match="b.b2nd: is damaged or cut off"):
         read_patch(Case(cut, "b", (0, 1)), window)
 
 

@@ -280,13 +280,14 @@ def test_one_task_of_slurm(monkeypatch):
         launch.make_fabric("cpu", 2, 1, True)
 
 
-def test_a_run_goes_on_on_other_gpus_only_with_the_same_negatives(tmp_path):
+def test_a_run_goes_on_on_other_gpus_only_with_the_same_negatives(tmp_path, monkeypatch):
     """12 patches meet in the contrastive loss: 4 on each of 3 GPUs, 3 on each of 4, but there is no way on 5."""
     text, plain = (Pretrain(method=method, batch_size=24) for method in ("fratmae", "fratmae_notext"))
     stray = replace(plain, shuffle_partner=True)
     assert recipe.pass_sizes(text, 4, 3) == recipe.pass_sizes(text, 3, 4) and recipe.pass_sizes(plain, 4, 3) == {}
     assert recipe.pass_sizes(stray, 4, 3) == recipe.pass_sizes(stray, 4, 6) != recipe.pass_sizes(stray, 3, 4)
     same = {"settings": {}, "train": [], "held_out": []}
+    monkeypatch.setattr(engine, "check_run", lambda state, folder: None)  # there are no weights
     checkpoint.save({"identity": same | {"passes": recipe.pass_sizes(text, 4, 3)}}, tmp_path / checkpoint.LATEST)
 
     def resume(micro, world):
@@ -406,7 +407,8 @@ def test_accumulated_passes_are_one_step(tmp_path, cases, method):
     run(tmp_path / "four", cases, micro_batch_size=1, store="memory", **options)
     one, four = (load_file(tmp_path / name / "encoders.safetensors") for name in ("one", "four"))
     for name, value in one.items():
-        torch.testing.assert_close(four[name], value, atol=1e-4, rtol=1e-3)
+        # A weight without gradient but for rounding may go either way, by a step of Adam (1e-3) at most
+        torch.testing.assert_close(four[name], value, atol=3e-4, rtol=1e-3)
     with pytest.raises(UserError, match="cannot be cut into passes of 3"):
         start(tmp_path / "three", cases, micro_batch_size=3, **options)
 

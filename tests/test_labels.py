@@ -51,8 +51,9 @@ def make_trainer(preprocessed_toy):
             "use_mask_for_norm": [False] * channels,
             "normalization_schemes": (["CTNormalization"] * 2 + ["NoNormalization"] * channels)[:channels],
         }  # fmt: skip
-        if configuration not in plans["configurations"]:
-            plans["configurations"][configuration] = {"inherits_from": "3d_fullres", **config}
+        if configuration != "3d_fullres":
+            there = plans["configurations"].get(configuration, {})
+            plans["configurations"][configuration] = {"inherits_from": "3d_fullres"} | there | config
         plans["fratmae"] = {"preset": "vit_tiny", "token_patch": [8, 16, 16], "finetune": {"batch_size": 2}}
         trainer = FratMAETrainer(plans, configuration, 0, dataset_json, torch.device("cpu"))
         trainer.initialize()
@@ -218,7 +219,8 @@ def test_a_third_channel_is_said_and_not_seen(make_trainer):
 
 @pytest.mark.parametrize(
     "configuration, config",
-    [("2d", {}), ("3d_lowres", {"next_stage": "3d_cascade_fullres"}),
+    [("2d", {"median_image_size_in_voxels": [40, 60], "spacing": [4.0, 5.0]}),
+     ("3d_lowres", {"next_stage": "3d_cascade_fullres"}),
      ("3d_cascade_fullres", {"previous_stage": "3d_lowres"})],
 )  # fmt: skip
 def test_2d_and_cascade_are_refused_in_one_line(configuration, config, make_trainer):
