@@ -66,8 +66,10 @@ class FratMAETrainer(nnUNetTrainer):
         device: torch.device = torch.device("cuda"),  # noqa: B008 - nnU-Net compares signatures
     ) -> None:
         check_overrides(type(self).__name__)
-        with one_line(type(self).__name__):
-            check_device(device.type)
+        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+        if not distributed:  # else nnU-Net has a process a GPU by now
+            with one_line(type(self).__name__):
+                check_device(device.type)
         resume = take_resume(plans)
         where = f"{plans.get('plans_name', 'plans')}.json"
         self.notes, self.preparation_error, self.today = [], None, None

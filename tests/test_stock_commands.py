@@ -97,7 +97,8 @@ def test_plans_move_to_another_dataset(phantoms, pretraining):
                           FRATMAE_PRETRAINED=str(pretraining))  # fmt: skip
     assert "53 tensors loaded" in output and "Mean Validation Dice" in output
     said = phantoms.run("fratmae_plan_and_preprocess -d 8 -plans_name MovedPlans -np 1")
-    assert "MovedPlans.json" in said and "nnUNetv2_train 8 3d_fullres 0 -tr FratMAETrainer -p MovedPlans" in said
+    assert "MovedPlans.json" in said
+    assert "nnUNetv2_train 8 3d_fullres all -tr FratMAETrainer -p MovedPlans" in said, "two cases are no five folds"
     assert json.loads((phantoms.preprocessed / "Dataset008_Phantom/MovedPlans.json").read_text()) == moved
     store = phantoms.preprocessed / "Dataset008_Phantom" / "MovedPlans_wholebody"
     volumes = [blosc2.open(str(path)).shape for path in store.glob("*.b2nd") if not path.stem.endswith("_seg")]
