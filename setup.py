@@ -33,7 +33,7 @@ class BuildWithStartupFile(build_py):
         super().run()
         root = self.get_finalized_command("install").install_lib if self.editable_mode else self.build_lib
         os.makedirs(root, exist_ok=True)
-        with open(os.path.join(root, STARTUP_FILE), "w") as file:
+        with open(os.path.join(root, STARTUP_FILE), "w", encoding="utf-8") as file:
             file.write(f"import sys; exec({STARTUP_CODE!r}, {{}})\n")  # a .pth file holds lines that begin with import
 
     def get_outputs(self, *args, **kwargs):

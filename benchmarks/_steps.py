@@ -51,9 +51,9 @@ class Comparison:
         self.environment = {**os.environ, **{k: str(v) for k, v in folders.items()}, **cores}
         self.environment.pop("FRATMAE_PRETRAINED", None)
         kept = self.work / "runs.jsonl"
-        whole, _, torn = kept.read_text().rpartition("\n") if kept.is_file() else ("", "", "")
+        whole, _, torn = kept.read_text(encoding="utf-8").rpartition("\n") if kept.is_file() else ("", "", "")
         if torn:  # stopped while it was written
-            kept.write_text(f"{whole}\n" if whole else "")
+            kept.write_text(f"{whole}\n" if whole else "", encoding="utf-8")
         self.rows: dict[str, Row] = {row["name"]: row for row in map(json.loads, whole.splitlines())}
 
     def run(self, step: Step) -> Row:
@@ -70,7 +70,7 @@ class Comparison:
         row = {"name": step.name, "seconds": round(time.monotonic() - start, 1), **step.read()}
         for checkpoint in self.results.glob(f"{step.name}/**/checkpoint_*.pth"):
             checkpoint.unlink()  # dozens of trainings would fill the disk
-        with self.lock, (self.work / "runs.jsonl").open("a") as file:
+        with self.lock, (self.work / "runs.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
             self.rows[step.name] = row
         print(f"{step.name}: {row['seconds']:.0f} s", flush=True)

@@ -92,7 +92,7 @@ def main() -> None:
     result = {"date": date.today().isoformat(), "machine": f"{platform.processor() or platform.machine()}, "
               f"{os.cpu_count()} cores, Python {platform.python_version()}, pydicom {version('pydicom')}",
               "suv_factors": suv_table(), "studies": cost_table()}  # fmt: skip
-    RESULT.write_text(json.dumps(result, indent=1) + "\n")
+    RESULT.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print(f"\n{'header':36s} {'units':5s} {'by hand':>13s} {'computed':>13s} {'difference':>10s}")
     for row in result["suv_factors"]:
         print(f"{row['header']:36s} {row['units']:5s} {row['by_hand']:13.7g} {row['computed']:13.7g} "

@@ -79,7 +79,7 @@ def train(kind: str, more: list[str]) -> None:
 def start(kind: str, more: list[str], log: Path) -> int:
     """The number of a forked process that trains, so that nothing has to be imported again; its output is in `log`."""
     sys.stdout.flush()
-    log.write_text("")  # here, or what the last process said would be taken for what this one says
+    log.write_text("", encoding="utf-8")  # here, or what the last process said would be taken for what this one says
     if process := os.fork():
         return process
     output = os.open(log, os.O_WRONLY)
@@ -98,7 +98,7 @@ def wait_for(condition: Callable[[], Any], process: int, log: Path) -> None:
     end = time.monotonic() + LONGEST
     while not condition():
         if os.waitpid(process, os.WNOHANG)[0] or time.monotonic() > end:
-            sys.exit(f"the training ended or hung:\n{log.read_text()[-3000:]}")
+            sys.exit(f"the training ended or hung:\n{log.read_text(encoding='utf-8')[-3000:]}")
         time.sleep(0.001)
 
 
@@ -139,10 +139,10 @@ def one_kill(work: Path, kind: str, chance: random.Random) -> tuple[str, dict[st
     chosen, checkpoint, notes = choose_checkpoint(asked)
     saved = [digest(checkpoint["network_weights"]), digest(checkpoint["optimizer_state"]["state"])]
     process = start(kind, ["--c"], log)
-    wait_for(lambda: re.search("LOADED(?s:.*)(Epoch time|val_losses)", log.read_text()), process, log)
+    wait_for(lambda: re.search("LOADED(?s:.*)(Epoch time|val_losses)", log.read_text(encoding="utf-8")), process, log)
     os.kill(process, signal.SIGKILL)
     os.waitpid(process, 0)
-    epoch, *loaded = re.search(r"LOADED (\d+) (\w+) (\w+)", log.read_text()).groups()
+    epoch, *loaded = re.search(r"LOADED (\d+) (\w+) (\w+)", log.read_text(encoding="utf-8")).groups()
     is_equal = loaded == saved and int(epoch) == checkpoint["current_epoch"]
     there = ", ".join(name[11:-4] for name in names)
     row = (f"| {kind} | {'yes' if writing else 'no'} | {there} | {chosen.name[11:-4]}, after epoch {int(epoch) - 1} | "
@@ -168,7 +168,7 @@ def main() -> None:
         print(rows[-1], flush=True)
         last = f"{number} kills; " + ", ".join(f"{name}: {count}" for name, count in counts.items())
         last += f". torch {torch.__version__}, seed {args.seed}, {os.cpu_count()} cores."
-        (work / "kills.md").write_text("\n".join([*rows, "", last, ""]))
+        (work / "kills.md").write_text("\n".join([*rows, "", last, ""]), encoding="utf-8")
     print(last)
 
 

@@ -69,15 +69,15 @@ def write_folds(raw: Path, validation: int, least_volume: float) -> None:
         for _ in range(REPETITIONS):
             subset = draw.sample(training, max(2, round(share * len(training))))
             folds.append({"train": sorted(subset), "val": held_out})
-    (raw / "splits_final.json").write_text(json.dumps(folds, indent=1))
+    (raw / "splits_final.json").write_text(json.dumps(folds, indent=1), encoding="utf-8")
 
 
 def training_row(results: Path) -> Row:
     """Dice of every validation case from nnU-Net's summary.json, and the seconds of all epochs from its log."""
     (summary,) = results.glob("*/*/fold_*/validation/summary.json")
-    cases = json.loads(summary.read_text())["metric_per_case"]
+    cases = json.loads(summary.read_text(encoding="utf-8"))["metric_per_case"]
     (log,) = summary.parents[1].glob("training_log_*.txt")
-    epochs = [float(s) for s in re.findall(r"Epoch time: ([\d.]+) s", log.read_text())]
+    epochs = [float(s) for s in re.findall(r"Epoch time: ([\d.]+) s", log.read_text(encoding="utf-8"))]
     return {
         "dice": {Path(c["prediction_file"]).name.removesuffix(".nii.gz"): c["metrics"]["1"]["Dice"] for c in cases},
         "epochs": len(epochs),
@@ -126,7 +126,7 @@ def training(todo: Comparison, arm: str, fold: int, device: str, **variables: st
 
 def print_table(todo: Comparison, raw: Path) -> None:
     """Mean over the validation cases; +- is the spread of that mean over the repetitions."""
-    folds = json.loads((raw / "splits_final.json").read_text())
+    folds = json.loads((raw / "splits_final.json").read_text(encoding="utf-8"))
     cases = folds[0]["val"]
     threshold = [dice(threshold_mask(read(raw / "imagesTr" / f"{case}_0001.nii.gz")),
                       read(raw / "labelsTr" / f"{case}.nii.gz") > 0) for case in cases]  # fmt: skip

@@ -64,7 +64,7 @@ def share_of_bytes(cases: list[Case], views: Views) -> float:
     """Bytes that one patch of each case reads (Linux counts them), of the bytes of its file."""
 
     def count() -> int:
-        return int(Path("/proc/self/io").read_text().split("rchar:")[1].split()[0])
+        return int(Path("/proc/self/io").read_text(encoding="utf-8").split("rchar:")[1].split()[0])
 
     before = count()
     for index, case in enumerate(cases):
@@ -128,7 +128,7 @@ def main() -> None:
         enough = "" if args.needed is None else f", {speed / args.needed:.2f} times what is needed"
         print(f"{name}: {speed:.1f} patches/s, {1000 * row['cpu_seconds']:.0f} ms of CPU a patch{enough}")
     if args.o:
-        args.o.write_text(json.dumps(result, indent=1) + "\n")
+        args.o.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -69,7 +69,7 @@ def peak_memory() -> int:
 
 def resident_memory() -> int:
     """Resident set of this process now, in bytes (Linux)."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    return int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def main() -> None:
@@ -93,7 +93,7 @@ def main() -> None:
         row |= {"predicted_GB": round(predicted, 3), "measured_GB": round(measured, 3), "error": round(error, 4)}
         result["plans"].append(row)
         if args.o:
-            args.o.write_text(json.dumps(result, indent=1) + "\n")
+            args.o.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print(f"largest error {max(abs(row['error']) for row in result['plans']):.1%}")
 
 

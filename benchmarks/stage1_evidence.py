@@ -32,7 +32,7 @@ SETTINGS = [
 
 
 def last_row(folder: Path) -> dict[str, float]:
-    return json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
+    return json.loads((folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1])
 
 
 def main() -> None:
@@ -80,14 +80,14 @@ def main() -> None:
             print(error)
         seconds[name] = round(time.monotonic() - start, 1)
     rows = {name: last_row(work / name) for name in ("own", "shuffled")}
-    retrieved = (work / "logs" / "retrieve.log").read_text().splitlines()
+    retrieved = (work / "logs" / "retrieve.log").read_text(encoding="utf-8").splitlines()
     retrieved = [line for line in retrieved if "balanced" in line or "error:" in line]
     result = {
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, {args.device}",
         "software": {p: version(p) for p in ("torch", "nnunetv2", "nnunet-fratmae")},
         "commands": steps, "seconds": seconds, "last_epoch": rows, "retrieval": retrieved,
     }  # fmt: skip
-    (work / "result.json").write_text(json.dumps(result, indent=2).replace(str(work), "WORK"))
+    (work / "result.json").write_text(json.dumps(result, indent=2).replace(str(work), "WORK"), encoding="utf-8")
     print(f"\n{'held out':28}{'CT':>10}{'PET':>10}")
     for label, row, key in (
         ("masked MSE", rows["own"], "held_out"), ("  mean of the visible", rows["own"], "mean_guess"),

@@ -41,15 +41,15 @@ COMMON = (
 
 def write_folds(raw: Path, folds: int) -> None:
     """splits_final.json with early and advanced stages spread evenly over the folds."""
-    with (raw / "clinical.csv").open() as file:
+    with (raw / "clinical.csv").open(encoding="utf-8") as file:
         risk = {row["case_id"]: RISK_OF_STAGE.get(row["stage"], "none") for row in csv.DictReader(file)}
     splits = make_splits({case: case for case in risk}, risk, folds)
-    (raw / "splits_final.json").write_text(json.dumps(splits, indent=1))
+    (raw / "splits_final.json").write_text(json.dumps(splits, indent=1), encoding="utf-8")
 
 
 def training_row(results: Path) -> Row:
     (summary,) = results.glob("*/*/fold_*/validation/summary.json")
-    found = json.loads(summary.read_text())
+    found = json.loads(summary.read_text(encoding="utf-8"))
     return {"cases": found["cases"], **found["mean"]}
 
 

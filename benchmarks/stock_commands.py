@@ -96,20 +96,27 @@ def main() -> None:
             written.append(f"`{command}`: not run, this machine has no two GPUs.\n")
             continue
         start = time.monotonic()
-        done = subprocess.run(command.replace("STUDIES", studies), shell=True, cwd=work, env=environment,
-                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)  # fmt: skip
+        done = subprocess.run(
+            command.replace("STUDIES", studies),
+            shell=True,
+            cwd=work,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            encoding="utf-8",
+        )
         seconds = time.monotonic() - start
         if done.returncode:
             sys.exit(f"`{command}` failed:\n{done.stdout[-3000:]}")
         shown = "".join(f"    {line}\n" for line in lines_that_matter(done.stdout.replace(f"{work}/", "")))
         written.append(f"```\n{command}\n{shown}```\n{seconds:.1f} s\n")
-        (work / "commands.md").write_text("\n".join(written))
+        (work / "commands.md").write_text("\n".join(written), encoding="utf-8")
         if command.startswith("fratmae_convert_pairs"):
             first = sorted((folders["raw"] / "Dataset908_Studies" / "imagesTr").iterdir())[:2]
             for path in first:
                 shutil.copy(path, folders["input"])
             case = first[0].name.removesuffix("_0000.nii.gz")
-            (work / "predict.py").write_text(PREDICT_PY.replace("CASE", case))
+            (work / "predict.py").write_text(PREDICT_PY.replace("CASE", case), encoding="utf-8")
 
 
 if __name__ == "__main__":

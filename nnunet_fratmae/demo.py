@@ -43,7 +43,7 @@ def commands(folder: Path) -> list[str]:
 def write_split(raw: Path) -> None:
     """One validation case instead of a fifth of all, to be quick; nnU-Net's planner takes this file over."""
     cases = sorted(path.name.removesuffix(".nii.gz") for path in (raw / "labelsTr").iterdir())
-    (raw / "splits_final.json").write_text(json.dumps([{"train": cases[:-1], "val": cases[-1:]}]))
+    (raw / "splits_final.json").write_text(json.dumps([{"train": cases[:-1], "val": cases[-1:]}]), encoding="utf-8")
 
 
 def run_logged(command: str, environment: dict[str, str], log: Path) -> None:
@@ -56,7 +56,7 @@ def run_logged(command: str, environment: dict[str, str], log: Path) -> None:
     program, *rest = shlex.split(command)
     program = shutil.which(program, path=str(Path(sys.executable).parent)) or program  # of this environment
     start = time.monotonic()
-    with log.open("w") as output:
+    with log.open("w", encoding="utf-8") as output:
         process = subprocess.Popen([program, *rest], stdout=output, stderr=subprocess.STDOUT, env=environment)
         while process.poll() is None:
             time.sleep(0.5)
@@ -64,7 +64,7 @@ def run_logged(command: str, environment: dict[str, str], log: Path) -> None:
                 print(f"\r  {time.monotonic() - start:4.0f} s", end="", flush=True)
     print(f"\r  {time.monotonic() - start:4.0f} s", flush=True)
     if process.returncode:
-        last = "\n".join(log.read_text().splitlines()[-15:])
+        last = "\n".join(log.read_text(encoding="utf-8").splitlines()[-15:])
         raise UserError(f"`{command}` failed (all of its output: {log}):\n{last}")
 
 

@@ -100,6 +100,6 @@ def save_summary(
     }  # fmt: skip
     path.parent.mkdir(parents=True, exist_ok=True)
     with renamed(path) as partial:
-        partial.write_text(json.dumps(summary, indent=4))
+        partial.write_text(json.dumps(summary, indent=4), encoding="utf-8")
     said = [f"{name} {'undefined' if figures[name] is None else format(figures[name], '.3f')}" for name in FIGURES]
     return figures, f"Validation of {len(labels)} cases: {', '.join(said)}"

@@ -105,7 +105,7 @@ class Contract:
                     raise UserError(f"{name} is {_shown(value)}, it must be {what}; export the encoders again")
 
     def save(self, path: Path) -> None:
-        path.write_text(json.dumps(asdict(self) | {"units": units_contract()}, indent=2) + "\n")
+        path.write_text(json.dumps(asdict(self) | {"units": units_contract()}, indent=2) + "\n", encoding="utf-8")
 
     @property
     def encoder(self) -> dict[str, int]:

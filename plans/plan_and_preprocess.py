@@ -256,7 +256,7 @@ def _named_aside(plans: dict[str, Any], folder: Path) -> Iterator[str]:
     path = folder.with_name(f"{plans['plans_name']}.partial.json")
     try:
         with writing_to(path):
-            path.write_text(json.dumps(aside))
+            path.write_text(json.dumps(aside), encoding="utf-8")
         yield path.stem
     finally:
         path.unlink(missing_ok=True)

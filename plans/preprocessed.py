@@ -175,7 +175,7 @@ def validation_cases(preprocessed: Path, plans: dict[str, Any], fold: int) -> se
                             "folds")  # fmt: skip
         splits = generate_crossval_split(cases, seed=12345, n_splits=FOLDS)
         with renamed(path) as partial:
-            partial.write_text(json.dumps(splits, indent=4, default=str))
+            partial.write_text(json.dumps(splits, indent=4, default=str), encoding="utf-8")
     splits = read_splits(path)
     if not 0 <= fold < len(splits):
         raise UserError(f"-f {fold}: {path} has folds 0 to {len(splits) - 1}")

@@ -158,7 +158,7 @@ def split_unsegmented(preprocessed: Path, plans: dict[str, Any]) -> None:
     patients = read_patients(table, stored)
     folds = make_splits({case: patients[case] for case in labels}, labels)
     with renamed(preprocessed / "splits_final.json") as partial:
-        partial.write_text(json.dumps(folds, indent=4))
+        partial.write_text(json.dumps(folds, indent=4), encoding="utf-8")
 
 
 def cohort_of_model(preprocessed: Path, plans: dict[str, Any], fold: int | str, classes: list[str]) -> Cohort:

@@ -96,7 +96,7 @@ class Monitor:
             row |= held_out.baselines
         lines = "".join(json.dumps(r) + "\n" for r in history)
         with renamed(self.folder / "metrics.jsonl") as partial:
-            partial.write_text(lines)
+            partial.write_text(lines, encoding="utf-8")
         plot_progress(history, self.folder / "progress.png")
         for name, value in row.items():
             if isinstance(value, float):

@@ -48,7 +48,9 @@ class Workspace:
         program = shutil.which(program, path=str(Path(sys.executable).parent)) or program
         clean = {k: v for k, v in os.environ.items() if k != "FRATMAE_PRETRAINED"}
         environment = {**clean, **self.variables, **variables}
-        done = subprocess.run([program, *arguments], env=environment, capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            [program, *arguments], env=environment, capture_output=True, text=True, check=False, encoding="utf-8"
+        )
         output = done.stdout + done.stderr
         assert (done.returncode == 0) == (expect == 0), output[-4000:]
         return output
@@ -122,7 +124,7 @@ def text_tower(tmp_path_factory) -> Path:
     }
     folder = tmp_path_factory.mktemp("tower")
     config = {"model_cfg": {"embed_dim": 24, **parts}, "preprocess_cfg": {}}
-    (folder / "open_clip_config.json").write_text(json.dumps(config))
+    (folder / "open_clip_config.json").write_text(json.dumps(config), encoding="utf-8")
     torch.manual_seed(0)
     vision, text = open_clip.CLIPVisionCfg(**parts["vision_cfg"]), open_clip.CLIPTextCfg(**parts["text_cfg"])
     weights = open_clip.CLIP(24, vision, text).state_dict()

@@ -66,7 +66,7 @@ BY_HAND = {
 def real_headers(name):
     """The headers of one file of shared/data/suv_headers."""
     headers = []
-    for tags in json.loads((REAL / "suv_headers" / f"{name}-instances.json").read_text()):
+    for tags in json.loads((REAL / "suv_headers" / f"{name}-instances.json").read_text(encoding="utf-8")):
         own = tags.pop("PhilipsPETPrivateGroup")
         start = tags.pop("RadiopharmaceuticalStartDateTime", None)
         private = philips(own.get("SUVScaleFactor"), own.get("ActivityConcentrationScaleFactor"))

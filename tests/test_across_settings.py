@@ -343,6 +343,6 @@ def test_as_many_weights_with_other_heads_are_refused(artefact, tmp_path):
     folder = tmp_path / "heads"
     shutil.copytree(artefact, folder)
     path = folder / "encoders.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"num_heads": 6}))
+    path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | {"num_heads": 6}), encoding="utf-8")
     with pytest.raises(UserError, match="not known to this version"):
         load_pretrained(folder)

@@ -109,7 +109,7 @@ def write_release_splits(folder, *held_out):
     names = list(RELEASE_NAME)
     folds = [{"train": [n for n in names if n not in val], "val": list(val)} for val in held_out]
     folds = [{side: [RELEASE_NAME[n] for n in fold[side]] for side in fold} for fold in folds]
-    (folder / "splits_final.json").write_text(json.dumps([*folds, folds[0]]))
+    (folder / "splits_final.json").write_text(json.dumps([*folds, folds[0]]), encoding="utf-8")
 
 
 @pytest.fixture
@@ -143,13 +143,13 @@ def known(dataset):
 
 
 def splits_of(dataset):
-    return json.loads((dataset / "splits_final.json").read_text())
+    return json.loads((dataset / "splits_final.json").read_text(encoding="utf-8"))
 
 
 def assert_no_secrets(dataset, printed):
     """Dates, descriptions and UIDs of the folder names are in no output: names, texts, or the terminal."""
     files = [p for p in dataset.rglob("*") if p.is_file()]
-    texts = [p.read_text() for p in files if p.suffix in (".csv", ".json", ".html")]
+    texts = [p.read_text(encoding="utf-8") for p in files if p.suffix in (".csv", ".json", ".html")]
     for text in (printed.replace(str(dataset.parents[1]), ""), *(str(p.relative_to(dataset)) for p in files), *texts):
         assert not SECRETS.search(text), text
 
@@ -247,7 +247,7 @@ def test_a_case_that_lacks_a_file_is_told_and_the_others_are_converted(convert, 
     assert len(list((dataset / "labelsTr").iterdir())) == 3
     assert set(known(dataset)) == {"fdg_0011f3deaf_1", "fdg_0011f3deaf_2", "psma_01f3a29b7df127d2_2"}
     assert {case for fold in splits_of(dataset) for case in fold["train"] + fold["val"]} == set(known(dataset))
-    report = (dataset / "conversion_report.csv").read_text()
+    report = (dataset / "conversion_report.csv").read_text(encoding="utf-8")
     assert "PET: there is no such file" in report
     assert "value 7" in report
     assert_no_secrets(dataset, out + message)
@@ -260,7 +260,7 @@ def test_a_case_that_lacks_a_file_is_told_and_the_others_are_converted(convert, 
 
 
 def change_table(path, change):
-    with path.open(newline="") as file:
+    with path.open(newline="", encoding="utf-8") as file:
         header, *rows = csv.reader(file)
     write_table(path, *change(header, rows))
 
@@ -297,7 +297,7 @@ def test_a_bad_table_stops_before_the_images(convert, release, raw, name, change
 
 @pytest.mark.parametrize("content", ["no json", '{"train": []}', '[{"train": ["a"]}]', '[{"train": [1], "val": []}]'])
 def test_bad_splits_stop_before_the_images(convert, release, raw, content):
-    (release / "splits_final.json").write_text(content)
+    (release / "splits_final.json").write_text(content, encoding="utf-8")
     assert "splits_final.json: is no list of folds" in refused(convert, raw, release)
 
 

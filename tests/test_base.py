@@ -19,22 +19,22 @@ from nnunet_fratmae.base.tables import cell_text, csv_text, inert
 
 def test_what_was_there_stays_until_the_new_file_is_whole(tmp_path):
     path = tmp_path / "table.csv"
-    path.write_text("before")
+    path.write_text("before", encoding="utf-8")
     with pytest.raises(RuntimeError), renamed(path) as partial:
-        partial.write_text("half")
+        partial.write_text("half", encoding="utf-8")
         raise RuntimeError
-    assert path.read_text() == "before" and os.listdir(tmp_path) == ["table.csv"]
+    assert path.read_text(encoding="utf-8") == "before" and os.listdir(tmp_path) == ["table.csv"]
 
 
 def test_two_at_once_do_not_take_each_others_file(tmp_path, monkeypatch):
     path = tmp_path / "table.csv"
     with renamed(path) as first:
-        first.write_text("first")
+        first.write_text("first", encoding="utf-8")
         monkeypatch.setattr("os.getpid", lambda: 1)  # process 1 is always there
         with renamed(path) as second:
-            second.write_text("second")
-        assert first.read_text() == "first"
-    assert path.read_text() == "first" and os.listdir(tmp_path) == ["table.csv"]
+            second.write_text("second", encoding="utf-8")
+        assert first.read_text(encoding="utf-8") == "first"
+    assert path.read_text(encoding="utf-8") == "first" and os.listdir(tmp_path) == ["table.csv"]
 
 
 def test_what_a_killed_process_left_is_removed(tmp_path, monkeypatch):
@@ -43,16 +43,16 @@ def test_what_a_killed_process_left_is_removed(tmp_path, monkeypatch):
         patch.setattr("os.getpid", lambda: 2**22 + 1)  # above the largest process number of Linux
         with renamed(path) as partial:
             left = partial
-            partial.write_text("x")
-    left.write_text("half")
+            partial.write_text("x", encoding="utf-8")
+    left.write_text("half", encoding="utf-8")
     with renamed(path) as partial:
-        partial.write_text("whole")
+        partial.write_text("whole", encoding="utf-8")
     assert os.listdir(tmp_path) == ["table.csv"]
 
 
 def test_a_folder_that_is_gone_is_one_line(tmp_path):
     with pytest.raises(WriteError, match="gone/table.csv cannot be written"), renamed(tmp_path / "gone/table.csv") as p:
-        p.write_text("x")
+        p.write_text("x", encoding="utf-8")
 
 
 @pytest.mark.parametrize("name", ["", ".", "..", "../other", "a/b", "a\\b", "/etc", ".hidden", "a\nb", None, 3, ["a"]])

@@ -45,7 +45,7 @@ def resumed(make_trainer, name: str) -> FratMAETrainer:
 
 
 def log_of(trainer: FratMAETrainer) -> str:
-    return Path(trainer.log_file).read_text()
+    return Path(trainer.log_file).read_text(encoding="utf-8")
 
 
 def same(a: object, b: object) -> bool:
@@ -193,7 +193,7 @@ def test_a_second_process_in_the_folder_is_refused_and_the_first_frees_it(tmp_pa
 
     def other() -> subprocess.CompletedProcess:
         command = [sys.executable, "-c", program, str(tmp_path)]
-        return subprocess.run(command, capture_output=True, text=True, check=False)
+        return subprocess.run(command, capture_output=True, text=True, check=False, encoding="utf-8")
 
     with alone_in(tmp_path):
         second = other()

@@ -50,12 +50,14 @@ def test_what_is_written_is_read_again(tmp_path, written):
 def test_the_file_is_the_one_of_the_contract(tmp_path):
     file = tmp_path / "clinical.csv"
     write_clinical(file, [ClinicalRecord("a", "18F-FDG", "melanoma", 61.0, "M", "II"), ClinicalRecord("b", age=0.5)])
-    assert file.read_text() == (
+    assert file.read_text(encoding="utf-8") == (
         "case_id,tracer,diagnosis,age,sex,stage\na,18F-FDG,melanoma,61,M,II\nb,,,0.5,,\n"
     )
     assert [p.name for p in tmp_path.iterdir()] == ["clinical.csv"]
     write_clinical(file, [ClinicalRecord("a", stage="early"), ClinicalRecord("b", missing="CT")])
-    assert file.read_text() == "case_id,tracer,diagnosis,age,sex,stage,missing\na,,,,,early,\nb,,,,,,CT\n"
+    assert (
+        file.read_text(encoding="utf-8") == "case_id,tracer,diagnosis,age,sex,stage,missing\na,,,,,early,\nb,,,,,,CT\n"
+    )
 
 
 def test_writing_refuses_what_reading_would_and_leaves_the_old_file(tmp_path):
@@ -140,7 +142,7 @@ def test_synonyms(field, said, meant):
     ],
 )  # fmt: skip
 def test_a_mistake_is_named_with_file_line_and_field(tmp_path, content, named):
-    (tmp_path / "t.csv").write_text(content)
+    (tmp_path / "t.csv").write_text(content, encoding="utf-8")
     with pytest.raises(UserError) as error:
         read_clinical(tmp_path / "t.csv")
     message = str(error.value)
@@ -153,7 +155,7 @@ def test_a_mistake_is_named_with_file_line_and_field(tmp_path, content, named):
 @pytest.mark.parametrize("field", ["age", "sex", "stage", "missing"])
 def test_no_cell_gets_into_a_message(tmp_path, field, cell):
     """Who takes the wrong column of a hospital's table for the age must not find names in the log."""
-    (tmp_path / "t.csv").write_text(f'PatNr,wrong\n4711,"{cell}"\n')
+    (tmp_path / "t.csv").write_text(f'PatNr,wrong\n4711,"{cell}"\n', encoding="utf-8")
     with pytest.raises(UserError, match=f"line 2: {field}: ") as error:
         read_clinical(tmp_path / "t.csv", {"case_id": "PatNr", field: "wrong"})
     assert not any(word in str(error.value) for word in ("Müller", "1961", "4711"))
@@ -161,8 +163,8 @@ def test_no_cell_gets_into_a_message(tmp_path, field, cell):
 
 def test_files_that_cannot_be_read(tmp_path):
     (tmp_path / "latin1.csv").write_bytes("case_id,diagnosis\na,groß\n".encode("latin-1"))
-    (tmp_path / "broken.xlsx").write_text("case_id\na\n")
-    (tmp_path / "old.xls").write_text("case_id\na\n")
+    (tmp_path / "broken.xlsx").write_text("case_id\na\n", encoding="utf-8")
+    (tmp_path / "old.xls").write_text("case_id\na\n", encoding="utf-8")
     for name in ("latin1.csv", "absent.csv", "broken.xlsx", "old.xls", "."):
         with pytest.raises(UserError, match=name):
             read_clinical(tmp_path / name)
@@ -186,7 +188,7 @@ def test_a_spreadsheet_is_read_as_well(tmp_path):
 
 def test_columns_of_a_foreign_table_are_named_and_the_rest_is_ignored(tmp_path):
     (tmp_path / "t.csv").write_text(
-        "Name;PatNr;Ann Arbor;stage;stage;Alter;sex\nMüller;7;IIB;x;x;61,5;w\nMeier;8;HD18;x;x;;\n"
+        "Name;PatNr;Ann Arbor;stage;stage;Alter;sex\nMüller;7;IIB;x;x;61,5;w\nMeier;8;HD18;x;x;;\n", encoding="utf-8",
     )
     columns = {"case_id": "patnr", "stage": " Ann  Arbor", "age": "Alter"}
     assert read_clinical(tmp_path / "t.csv", columns) == {
@@ -207,7 +209,7 @@ def test_columns_of_a_foreign_table_are_named_and_the_rest_is_ignored(tmp_path):
     ],
 )
 def test_a_wrong_mapping_is_named(tmp_path, columns, named):
-    (tmp_path / "t.csv").write_text("PatNr,Stage,Alter,Alter\n7,I,1,1\n8,I,1,1\n")
+    (tmp_path / "t.csv").write_text("PatNr,Stage,Alter,Alter\n7,I,1,1\n8,I,1,1\n", encoding="utf-8")
     with pytest.raises(UserError, match=named):
         read_clinical(tmp_path / "t.csv", columns)
 
@@ -232,4 +234,4 @@ def test_studies_of_one_patient_are_told_and_written(tmp_path):
     assert {name: record.patient for name, record in named.items()} == {"a": "a", "b": None, "c": "a"}
     write_clinical(tmp_path / "clinical.csv", named.values())
     assert read_clinical(tmp_path / "clinical.csv") == named
-    assert "missing" not in (tmp_path / "clinical.csv").read_text() and "Kettler" not in str(named)
+    assert "missing" not in (tmp_path / "clinical.csv").read_text(encoding="utf-8") and "Kettler" not in str(named)

@@ -37,7 +37,7 @@ def make_raw(folders, channels=("CT", "CT")):
     raw.mkdir()
     content = {"channel_names": {str(i): c for i, c in enumerate(channels)}, "labels": {"background": 0, "lesion": 1},
                "numTraining": 0, "file_ending": ".nii.gz"}  # fmt: skip
-    (raw / "dataset.json").write_text(json.dumps(content))
+    (raw / "dataset.json").write_text(json.dumps(content), encoding="utf-8")
     return raw
 
 
@@ -79,12 +79,14 @@ def test_the_plan_does_not_hang_on_how_images_lie(phantoms):
         (raw / name).mkdir(parents=True)
         for path in (source / name).iterdir():
             sitk.WriteImage(sitk.PermuteAxes(sitk.ReadImage(str(path)), [2, 0, 1]), str(raw / name / path.name))
-    dataset_json = json.loads((source / "dataset.json").read_text())
+    dataset_json = json.loads((source / "dataset.json").read_text(encoding="utf-8"))
     del dataset_json["overwrite_image_reader_writer"]
-    (raw / "dataset.json").write_text(json.dumps(dataset_json))
+    (raw / "dataset.json").write_text(json.dumps(dataset_json), encoding="utf-8")
     sizes = [sitk.ReadImage(str(path)).GetSize() for path in (source / "labelsTr").iterdir()]  # x, y, z
     phantoms.run(f"fratmae_plan_and_preprocess -d 13 -preset vit_nano -np 2 --set {' '.join(SETTINGS)}")
-    plans = json.loads((phantoms.preprocessed / "Dataset013_Permuted" / "FratMAEPlans.json").read_text())
+    plans = json.loads(
+        (phantoms.preprocessed / "Dataset013_Permuted" / "FratMAEPlans.json").read_text(encoding="utf-8")
+    )
     fullres = plans["configurations"]["3d_fullres"]
     assert fullres["spacing"] == pytest.approx([11, 10, 12])  # AP, LR, SI
     assert fullres["median_image_size_in_voxels"] == [np.median([size[axis] for size in sizes]) for axis in (1, 0, 2)]
@@ -110,7 +112,7 @@ def test_pretraining_says_what_is_missing(folders, monkeypatch, capsys):
 
 
 def test_pretraining_of_the_phantoms(phantoms, pretraining):
-    contract = json.loads((pretraining / "encoders.json").read_text())
+    contract = json.loads((pretraining / "encoders.json").read_text(encoding="utf-8"))
     assert contract["datasets"] == [{"name": "Dataset007_Phantom", "cases": 6, "licence": None}]
     assert contract["token_patch"] == [8, 16, 16] and contract["grid"] == [32, 48, 64]
     names = {f.name for f in pretraining.iterdir()}
@@ -144,7 +146,7 @@ def test_pretraining_of_axial_stacks_of_two_datasets(phantoms):
     finally:
         for folder in (phantoms.raw, phantoms.preprocessed):
             shutil.rmtree(folder / "Dataset012_Again")
-    contract = json.loads((out / "encoders.json").read_text())
+    contract = json.loads((out / "encoders.json").read_text(encoding="utf-8"))
     assert contract["stack"] == "axial" and contract["patch"][:2] == [32, 48] and contract["patch"][2] < 64
     assert [(d["name"], d["cases"]) for d in contract["datasets"]] == [
         ("Dataset007_Phantom", 6), ("Dataset012_Again", 6),
@@ -156,9 +158,11 @@ def test_the_fold_that_is_left_out_is_nnunets(phantoms):
     out = phantoms.folder / "fold"
     output = phantoms.run(f"fratmae_pretrain -d 7 -m fratmae_notext -device cpu -f 0 -o {out} "
                           "--set pretrain.epochs=1 pretrain.workers=0")  # fmt: skip
-    splits = json.loads((phantoms.preprocessed / "Dataset007_Phantom" / "splits_final.json").read_text())
+    splits = json.loads(
+        (phantoms.preprocessed / "Dataset007_Phantom" / "splits_final.json").read_text(encoding="utf-8")
+    )
     assert len(splits) == 5
-    contract = json.loads((out / "encoders.json").read_text())
+    contract = json.loads((out / "encoders.json").read_text(encoding="utf-8"))
     assert contract["datasets"][0]["cases"] == len(splits[0]["train"]) == 6 - len(splits[0]["val"])
     assert "cases to train" in output
 
@@ -167,28 +171,30 @@ def test_other_studies_of_a_patient_who_validates_are_left_out_as_well(phantoms)
     """Here all studies are of two patients, so that a fold leaves out all of one."""
     preprocessed = phantoms.preprocessed / "Dataset007_Phantom"
     splits, table = (preprocessed / name for name in ("splits_final.json", "clinical.csv"))
-    kept = {path: path.read_text() for path in (splits, table) if path.is_file()}
+    kept = {path: path.read_text(encoding="utf-8") for path in (splits, table) if path.is_file()}
     ids = [f"phantom_{i:03d}" for i in range(6)]
-    splits.write_text(json.dumps([{"train": ids[1:], "val": ids[:1]}]))
-    table.write_text("\n".join(["case_id,patient", *(f"{case},p{i % 2}" for i, case in enumerate(ids))]))
+    splits.write_text(json.dumps([{"train": ids[1:], "val": ids[:1]}]), encoding="utf-8")
+    table.write_text(
+        "\n".join(["case_id,patient", *(f"{case},p{i % 2}" for i, case in enumerate(ids))]), encoding="utf-8"
+    )
     try:
         output = phantoms.run(f"fratmae_pretrain -d 7 -m fratmae_notext -device cpu -f 0 -o {phantoms.folder}/patients "
                               "--set pretrain.epochs=1 pretrain.workers=0 pretrain.held_out=0")  # fmt: skip
     finally:
         splits.unlink()
         for path, text in kept.items():
-            path.write_text(text)
-    contract = json.loads((phantoms.folder / "patients" / "encoders.json").read_text())
+            path.write_text(text, encoding="utf-8")
+    contract = json.loads((phantoms.folder / "patients" / "encoders.json").read_text(encoding="utf-8"))
     assert contract["datasets"][0]["cases"] == 3, output
 
 
 def test_pretraining_wants_the_orientation_of_the_contract(phantoms):
     path = phantoms.preprocessed / "Dataset007_Phantom" / "FratMAEPlans.json"
-    text = path.read_text()
-    path.write_text(json.dumps(json.loads(text) | {"image_reader_writer": "SimpleITKIO"}))
+    text = path.read_text(encoding="utf-8")
+    path.write_text(json.dumps(json.loads(text) | {"image_reader_writer": "SimpleITKIO"}), encoding="utf-8")
     try:
         output = phantoms.run(f"fratmae_pretrain -d 7 -device cpu -o {phantoms.folder}/turned", expect=1)
     finally:
-        path.write_text(text)
+        path.write_text(text, encoding="utf-8")
     assert "error: Dataset007_Phantom: SimpleITKIO does not look at the orientation of images" in output
     assert not (phantoms.folder / "turned").exists() and "Traceback" not in output

@@ -47,9 +47,9 @@ def images(seed=0):
 
 def load(source: Path, fault: str = "") -> Loaded:
     """A loader that counts its calls in a file and behaves as `source` (a text file) says."""
-    with source.with_suffix(".calls").open("a") as calls:
+    with source.with_suffix(".calls").open("a", encoding="utf-8") as calls:
         calls.write("x")
-    words = source.read_text().split()
+    words = source.read_text(encoding="utf-8").split()
     if "bad" in words:
         raise UserError("PET: (0054,1001) Units is missing; give it with --suv-override")
     if "surprise" in words:
@@ -74,8 +74,8 @@ def sources(folder: Path, **cases: str) -> list[Study]:
     studies = []
     for name, words in cases.items():
         path, part = folder / f"{name}.txt", words.split()[0] if words[:2] in ("Ts", "Pt") else "Tr"
-        if not path.exists() or path.read_text() != words:
-            path.write_text(words)
+        if not path.exists() or path.read_text(encoding="utf-8") != words:
+            path.write_text(words, encoding="utf-8")
         studies.append(Study(name, clinical_record(name, age=50 + len(name)), part, partial(load, path), (path, 1.5)))
     return studies
 
@@ -100,7 +100,7 @@ def tree(folder: Path) -> dict[str, bytes]:
 
 
 def report(dataset: Path) -> dict[str, dict]:
-    return {row["case_id"]: row for row in csv.DictReader((dataset / "conversion_report.csv").open())}
+    return {row["case_id"]: row for row in csv.DictReader((dataset / "conversion_report.csv").open(encoding="utf-8"))}
 
 
 def test_parts_go_where_nnunet_looks_for_them(raw, tmp_path, capsys):
@@ -114,7 +114,7 @@ def test_parts_go_where_nnunet_looks_for_them(raw, tmp_path, capsys):
              for part, cases in (("Tr", "ad"), ("Ts", ("bb", "ee")), ("Pt", ("ccc",)))}  # fmt: skip
     assert found == {"imagesTr": pairs["Tr"], "labelsTr": ["a.nii.gz", "d.nii.gz"], "imagesTs": pairs["Ts"],
                      "labelsTs": ["bb.nii.gz"], "imagesPt": pairs["Pt"]}  # fmt: skip
-    assert json.loads((dataset / "dataset.json").read_text())["numTraining"] == 2
+    assert json.loads((dataset / "dataset.json").read_text(encoding="utf-8"))["numTraining"] == 2
     records = read_clinical(dataset / "clinical.csv")
     missing = {name: record.missing for name, record in records.items()}
     assert missing == {"a": None, "bb": None, "ccc": None, "d": "CT", "ee": None}
@@ -125,9 +125,9 @@ def test_parts_go_where_nnunet_looks_for_them(raw, tmp_path, capsys):
     assert float(rows["a"]["lesion_ml"]) == pytest.approx(volume, abs=0.01)
     assert rows["ccc"]["lesion_ml"] == ""
     assert "15x13x17 of 11 x 12 x 10.5 mm" in rows["bb"]["grid"]
-    assert list(csv.reader((dataset / "conversion_rois.csv").open())) == [
+    assert list(csv.reader((dataset / "conversion_rois.csv").open(encoding="utf-8"))) == [
         ["case_id", "roi", "kept", "ml"], ["a", "GTV", "True", "1.5"]]  # fmt: skip
-    page = (dataset / "conversion" / "index.html").read_text()
+    page = (dataset / "conversion" / "index.html").read_text(encoding="utf-8")
     assert "&lt;b&gt;WB &amp; AC&lt;/b&gt;" in page and "<b>" not in page and "http" not in page
     assert {p.stem for p in (dataset / "conversion").glob("*.png")} == {"a", "bb", "ccc", "d", "ee"}
     out = capsys.readouterr().out
@@ -150,16 +150,16 @@ def test_a_bad_case_does_not_stop_the_others_and_is_done_when_mended(raw, tmp_pa
     assert set(read_clinical(dataset / "clinical.csv")) == {"a", "e"}
     out, err = capsys.readouterr()
     assert "b: PET: (0054,1001)" in err and "3 of 5 cases failed (b, c, d)" in err
-    written = [p.read_text() for p in dataset.rglob("*") if p.suffix in (".csv", ".json", ".html")]
+    written = [p.read_text(encoding="utf-8") for p in dataset.rglob("*") if p.suffix in (".csv", ".json", ".html")]
     assert len(written) > 5
     for text in (out, err, *written):
         assert "Anna" not in text and "1950" not in text
-    page = (dataset / "conversion" / "index.html").read_text()
+    page = (dataset / "conversion" / "index.html").read_text(encoding="utf-8")
     assert page.index(">b<") < page.index(">a<") and "3 failed" in page
 
     assert run(sources(folder, **{**words, "b": "", "c": "mended"})) == 1
     assert calls(folder) == {"a": 1, "b": 2, "c": 2, "d": 2, "e": 1}
-    assert json.loads((dataset / "dataset.json").read_text())["numTraining"] == 4
+    assert json.loads((dataset / "dataset.json").read_text(encoding="utf-8"))["numTraining"] == 4
     assert run(sources(folder, a="", b="", c="mended", e="")) == 0  # a case that failed may be left out
     assert set(report(dataset)) == {"a", "b", "c", "e"}
     assert not list(dataset.rglob("d*.nii.gz")) + list(dataset.rglob("d.*"))
@@ -289,7 +289,7 @@ def test_a_full_disk_is_one_line_and_what_is_done_is_kept(raw, tmp_path, quick, 
 
 def test_a_target_that_cannot_be_written_to_is_one_line(raw, tmp_path, quick, monkeypatch):
     studies = sources(tmp_path / "in", a="")
-    raw.write_text("not a folder")
+    raw.write_text("not a folder", encoding="utf-8")
     with pytest.raises(UserError, match="raw cannot be written to"):
         run(studies)
     raw.unlink()

@@ -96,7 +96,7 @@ def read(path):
 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_good_studies_become_a_dataset(convert, source, raw, capsys, processes):
-    (source / "clinical.csv").write_text("case_id;tracer;age\npat.2;FDG;61\nnobody;FDG;30\n")
+    (source / "clinical.csv").write_text("case_id;tracer;age\npat.2;FDG;61\nnobody;FDG;30\n", encoding="utf-8")
     convert(np=processes)
     dataset = raw / "Dataset007_Test"
     files = {str(p.relative_to(dataset)) for p in dataset.rglob("*") if p.is_file()}
@@ -108,10 +108,13 @@ def test_good_studies_become_a_dataset(convert, source, raw, capsys, processes):
     assert files >= looks | {"conversion_report.csv"}
     for name, target in (("CT", "imagesTr/pat.2_0000"), ("PET", "imagesTr/pat.2_0001"), ("SEG", "labelsTr/pat.2")):
         np.testing.assert_array_equal(read(dataset / f"{target}.nii.gz"), read(source / "pat.2" / f"{name}.nii.gz"))
-    description = json.loads((dataset / "dataset.json").read_text())
+    description = json.loads((dataset / "dataset.json").read_text(encoding="utf-8"))
     assert description["numTraining"] == 2
     assert description["fratmae"] == {"modalities": ["CT", "PET"], "units": ["HU", "SUVbw"]}
-    assert (dataset / "clinical.csv").read_text().splitlines()[1:] == ["pat-1,,,,,", "pat.2,18F-FDG,,61,,"]
+    assert (dataset / "clinical.csv").read_text(encoding="utf-8").splitlines()[1:] == [
+        "pat-1,,,,,",
+        "pat.2,18F-FDG,,61,,",
+    ]
     assert [p.name for p in raw.iterdir()] == ["Dataset007_Test"]
     out, err = capsys.readouterr()
     assert "2 labelled and 0 unlabelled" in out
@@ -133,7 +136,10 @@ def test_what_nnunet_says_about_it(convert, raw):
 
 def test_without_a_table_all_fields_are_empty(convert, raw):
     convert()
-    assert (raw / "Dataset007_Test" / "clinical.csv").read_text().splitlines()[1:] == ["pat-1,,,,,", "pat.2,,,,,"]
+    assert (raw / "Dataset007_Test" / "clinical.csv").read_text(encoding="utf-8").splitlines()[1:] == [
+        "pat-1,,,,,",
+        "pat.2,,,,,",
+    ]
 
 
 def test_unlabelled_cases_are_for_pretraining(convert, source, raw, capsys):
@@ -143,7 +149,7 @@ def test_unlabelled_cases_are_for_pretraining(convert, source, raw, capsys):
     dataset = raw / "Dataset007_Test"
     assert sorted(p.name for p in (dataset / "imagesPt").iterdir()) == ["pat.2_0000.nii.gz", "pat.2_0001.nii.gz"]
     assert [p.name for p in (dataset / "labelsTr").iterdir()] == ["pat-1.nii.gz"]
-    assert "pat.2" in (dataset / "clinical.csv").read_text()
+    assert "pat.2" in (dataset / "clinical.csv").read_text(encoding="utf-8")
     assert "1 labelled and 1 unlabelled" in capsys.readouterr().out
 
 
@@ -151,7 +157,7 @@ def test_no_segmentation_at_all_needs_the_flag(convert, raw):
     assert "--unlabelled" in refused(convert, raw, seg=())
     convert("--unlabelled", seg=())
     assert len(list((raw / "Dataset007_Test" / "imagesPt").iterdir())) == 4
-    assert json.loads((raw / "Dataset007_Test" / "dataset.json").read_text())["numTraining"] == 0
+    assert json.loads((raw / "Dataset007_Test" / "dataset.json").read_text(encoding="utf-8"))["numTraining"] == 0
 
 
 def test_a_ct_on_its_own_grid_comes_to_the_pet(convert, source, raw, capsys):
@@ -253,7 +259,7 @@ def test_every_bad_case_is_told(convert, source, raw, processes):
     ],
 )
 def test_a_bad_table_stops_before_the_images(convert, source, raw, table, named):
-    (source / "clinical.csv").write_text(table)
+    (source / "clinical.csv").write_text(table, encoding="utf-8")
     (source / "pat-1" / "CT.nii.gz").unlink()
     message = refused(convert, raw)
     assert "clinical.csv" in message
@@ -263,9 +269,9 @@ def test_a_bad_table_stops_before_the_images(convert, source, raw, table, named)
 
 def test_a_table_that_was_asked_for_must_be_there(convert, source, raw, tmp_path):
     assert "more.csv" in refused(convert, raw, "--clinical", "more.csv")
-    (tmp_path / "table.csv").write_text("case_id,sex\npat-1,w\n")
+    (tmp_path / "table.csv").write_text("case_id,sex\npat-1,w\n", encoding="utf-8")
     convert("--clinical", str(tmp_path / "table.csv"))
-    assert "pat-1,,,,F," in (raw / "Dataset007_Test" / "clinical.csv").read_text()
+    assert "pat-1,,,,F," in (raw / "Dataset007_Test" / "clinical.csv").read_text(encoding="utf-8")
 
 
 def test_calls_that_cannot_work(convert, source, raw, tmp_path, monkeypatch):
@@ -290,24 +296,27 @@ def test_cases_are_called_by_pseudonyms(convert, source, raw, tmp_path, capsys):
     (source / "pat.2").rename(source / "0012")
     (source / "clinical.csv").write_text(
         "case_id,tracer,diagnosis,age,patient\n\"Kettler, Josephine\",FDG,Hodgkin lymphoma of Kettler,61,Kettler\n"
-        "12,Kettler,melanoma,50,Kettler\nHanssen,FDG,,,\n"
+        "12,Kettler,melanoma,50,Kettler\nHanssen,FDG,,,\n", encoding="utf-8",
     )
     folds = [{"train": ["Kettler, Josephine"], "val": ["0012"]}, {"train": ["0012"], "val": ["Kettler, Josephine"]}]
-    (source / "splits_final.json").write_text(json.dumps(folds))
+    (source / "splits_final.json").write_text(json.dumps(folds), encoding="utf-8")
     convert(keep=())
     out, err = capsys.readouterr()
-    keys = (tmp_path / "key_in.csv").read_text()
+    keys = (tmp_path / "key_in.csv").read_text(encoding="utf-8")
     case = {line.split(",", 2)[2].split("/in/")[1].strip('"'): line.split(",")[0] for line in keys.splitlines()[1:]}
     assert sorted(case.values()) == ["Test_0001", "Test_0002"]
     dataset = raw / "Dataset007_Test"
     kettler, other = case["Kettler, Josephine"], case["0012"]
-    rows = dict(line.split(",", 1) for line in (dataset / "clinical.csv").read_text().splitlines()[1:])
+    rows = dict(line.split(",", 1) for line in (dataset / "clinical.csv").read_text(encoding="utf-8").splitlines()[1:])
     assert rows == {kettler: f"18F-FDG,Hodgkin lymphoma,61,,,{min(case.values(), key=list(rows).index)}",
                     other: f",melanoma,50,,,{min(case.values(), key=list(rows).index)}"}  # fmt: skip
-    assert json.loads((dataset / "splits_final.json").read_text())[0] == {"train": [kettler], "val": [other]}
+    assert json.loads((dataset / "splits_final.json").read_text(encoding="utf-8"))[0] == {
+        "train": [kettler],
+        "val": [other],
+    }
     assert "diagnosis of 1 case (" in err and "tracer of 1 case (" in err and "1 cases that are not there" in err
     texts = [out, err, *(str(p) for p in dataset.rglob("*"))]
-    texts += [p.read_text() for p in dataset.rglob("*") if p.suffix in (".csv", ".json", ".html")]
+    texts += [p.read_text(encoding="utf-8") for p in dataset.rglob("*") if p.suffix in (".csv", ".json", ".html")]
     assert not any(name in text for text in texts for name in ("Kettler", "Josephine", "Hanssen"))
 
 
@@ -319,11 +328,11 @@ def test_messages_on_pseudonymous_cases_do_not_name_the_folder(convert, source, 
 
 def test_pseudonyms_stay_with_the_folders(convert, source, raw, tmp_path):
     convert(keep=())
-    keys = (tmp_path / "key_in.csv").read_text()
+    keys = (tmp_path / "key_in.csv").read_text(encoding="utf-8")
     write(source / "another", study(3))
     shutil.rmtree(raw)
     convert(keep=())
-    assert set(keys.splitlines()) < set((tmp_path / "key_in.csv").read_text().splitlines())
+    assert set(keys.splitlines()) < set((tmp_path / "key_in.csv").read_text(encoding="utf-8").splitlines())
 
 
 @pytest.mark.skipif(not REAL.exists(), reason="the real patients are not here")
@@ -335,7 +344,9 @@ def test_real_patients(raw, tmp_path, monkeypatch):
     command = ["fratmae_convert_pairs", "-i", str(tmp_path / "real"), "-d", "7", "-n", "STS", *files, "--keep-names"]
     monkeypatch.setattr("sys.argv", [*command, "--clinical", str(REAL / "clinical.csv")])
     main()
-    assert "STS_002,18F-FDG,soft tissue sarcoma,61,M," in (raw / "Dataset007_STS" / "clinical.csv").read_text()
+    assert "STS_002,18F-FDG,soft tissue sarcoma,61,M," in (raw / "Dataset007_STS" / "clinical.csv").read_text(
+        encoding="utf-8"
+    )
     np.testing.assert_array_equal(
         read(raw / "Dataset007_STS" / "imagesTr" / "STS_019_0001.nii.gz"), read(REAL / "STS_019" / "SUV.nii.gz")
     )

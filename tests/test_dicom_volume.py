@@ -254,7 +254,7 @@ def test_scan_groups_by_uids_whatever_the_layout(tmp_path, capfd):
                       SeriesDescription=f"PET {NAME} Zqvwk WB_(AC)" + " x" * 20)  # fmt: skip
     (tmp_path / "x" / "moved").mkdir()
     other[1].rename(tmp_path / "x" / "moved" / "file")
-    (tmp_path / "notes.txt").write_text("no DICOM")
+    (tmp_path / "notes.txt").write_text("no DICOM", encoding="utf-8")
     (tmp_path / "empty.dcm").write_bytes(b"")
     (tmp_path / "loop").symlink_to(tmp_path)
     pydicom.dcmread(other[0]).save_as(tmp_path / "x" / "moved" / "DICOMDIR")

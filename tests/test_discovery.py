@@ -45,14 +45,19 @@ class Environment:
         subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True)
         self.bin = folder / "bin"
         self.site = next(folder.glob("lib/python*/site-packages")).resolve()
-        (self.site / "zz_dependencies.pth").write_text("\n".join(map(str, [*first, *DEPENDENCIES])))
+        (self.site / "zz_dependencies.pth").write_text("\n".join(map(str, [*first, *DEPENDENCIES])), encoding="utf-8")
 
     def python(self, *arguments, cwd=None, **variables):
         """stdout and stderr of this environment's Python, which must succeed, in a folder without our sources."""
         dropped = ("PYTHONPATH", "nnUNet_extTrainer")
         env = {name: value for name, value in os.environ.items() if name not in dropped} | variables
         done = subprocess.run(
-            [self.bin / "python", *arguments], cwd=cwd or self.bin, env=env, capture_output=True, text=True
+            [self.bin / "python", *arguments],
+            cwd=cwd or self.bin,
+            env=env,
+            capture_output=True,
+            text=True,
+            encoding="utf-8",
         )
         assert done.returncode == 0, done.stderr
         return done.stdout.strip(), done.stderr.strip()
@@ -86,7 +91,7 @@ def copy_source(folder):
 def user_folder(folder, name):
     """A folder as a user of nnUNet_extTrainer has it, with one trainer."""
     folder.mkdir()
-    (folder / "trainers_of_mine.py").write_text(USER_TRAINER.format(name=name))
+    (folder / "trainers_of_mine.py").write_text(USER_TRAINER.format(name=name), encoding="utf-8")
     return folder
 
 
@@ -176,7 +181,7 @@ def test_startup_is_silent_whatever_is_left_of_the_package(wheel, tmp_path, rema
         archive.extract(STARTUP_FILE, environment.site)
     (environment.site / "nnunet_fratmae").mkdir()
     for name, text in remains.items():
-        (environment.site / "nnunet_fratmae" / name).write_text(text)
+        (environment.site / "nnunet_fratmae" / name).write_text(text, encoding="utf-8")
     assert environment.python("-c", PRINT_VARIABLE) == ("None", "")
 
 

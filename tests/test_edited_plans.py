@@ -132,7 +132,7 @@ def test_any_json_in_any_place_is_right_or_refused(path, value):
 
 @pytest.mark.parametrize("plans", NASTY, ids=lambda value: type(value).__name__)
 def test_a_file_of_anything_else_is_no_plans(plans, tmp_path):
-    (tmp_path / "FratMAEPlans.json").write_text(json.dumps(plans))
+    (tmp_path / "FratMAEPlans.json").write_text(json.dumps(plans), encoding="utf-8")
     with pytest.raises(UserError, match=r"FratMAEPlans\.json: ") as error:
         read_plans(tmp_path / "FratMAEPlans.json")
     one_line(error.value)
@@ -171,7 +171,7 @@ def edited(**values) -> dict:
 )
 def test_a_wrong_setting_is_named_with_file_and_field(key, value, says, tmp_path):
     path = tmp_path / "FratMAEPlans.json"
-    path.write_text(json.dumps(edited(**{key: value})))
+    path.write_text(json.dumps(edited(**{key: value})), encoding="utf-8")
     with pytest.raises(UserError, match=says.replace("+", r"\+")) as error:
         read_plans(path)
     assert str(error.value).startswith(f"{path}: fratmae")
@@ -246,8 +246,8 @@ def test_stock_plans_of_other_configurations_stay_right():
 def test_nnunets_part_is_read_with_the_same_care(path, value, says, tmp_path):
     folder = tmp_path / "Dataset007_T"
     folder.mkdir()
-    (folder / "dataset.json").write_text(json.dumps(DATASET))
-    (folder / "FratMAEPlans.json").write_text(json.dumps(replaced(planned(), path, value)))
+    (folder / "dataset.json").write_text(json.dumps(DATASET), encoding="utf-8")
+    (folder / "FratMAEPlans.json").write_text(json.dumps(replaced(planned(), path, value)), encoding="utf-8")
     with pytest.raises(UserError, match=says) as error:
         load_plans(folder)
     assert one_line(error.value).startswith(f"{folder / 'FratMAEPlans.json'}: ")
@@ -256,12 +256,12 @@ def test_nnunets_part_is_read_with_the_same_care(path, value, says, tmp_path):
 @pytest.mark.parametrize("module", [predict_stage, fill_missing], ids=["predict_stage", "fill_missing"])
 def test_edited_plans_of_a_model_folder_end_in_one_line(module, tmp_path):
     plans = joint()
-    (tmp_path / "dataset.json").write_text(json.dumps(DATASET))
-    (tmp_path / "plans.json").write_text(json.dumps(plans))
+    (tmp_path / "dataset.json").write_text(json.dumps(DATASET), encoding="utf-8")
+    (tmp_path / "plans.json").write_text(json.dumps(plans), encoding="utf-8")
     module.read_model(tmp_path)
     for path in leaves(plans):
         for value in (None, -1, ...):
-            (tmp_path / "plans.json").write_text(json.dumps(replaced(plans, path, value)))
+            (tmp_path / "plans.json").write_text(json.dumps(replaced(plans, path, value)), encoding="utf-8")
             try:
                 module.read_model(tmp_path)
             except UserError as error:
@@ -282,8 +282,8 @@ def test_pretraining_names_what_the_plans_lack(value, tmp_path, monkeypatch, cap
         plans["fratmae"] = value
     else:
         del plans["fratmae"]
-    (folder / "dataset.json").write_text(json.dumps(DATASET))
-    (folder / "FratMAEPlans.json").write_text(json.dumps(plans))
+    (folder / "dataset.json").write_text(json.dumps(DATASET), encoding="utf-8")
+    (folder / "FratMAEPlans.json").write_text(json.dumps(plans), encoding="utf-8")
     monkeypatch.setenv("nnUNet_preprocessed", str(tmp_path))
     monkeypatch.setattr(sys, "argv", ["fratmae_pretrain", "-d", "7", "-device", "cpu", "-o", str(tmp_path / "out")])
     with pytest.raises(SystemExit) as stop:

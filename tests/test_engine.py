@@ -57,7 +57,7 @@ def start(folder, cases, resume=False, **pretrain) -> engine.Pretraining:
 
 def run(folder, cases, resume=False, **pretrain):
     start(folder, cases, resume, **pretrain).run()
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
 def test_it_learns(tmp_path, cases):
@@ -439,7 +439,7 @@ def test_text_is_aligned_and_found_again(tmp_path, cases, monkeypatch, method, f
     assert rows[-1]["train_text"] < rows[0]["train_text"]
     if "retrieval_top1" in rows[-1]:
         assert rows[-1]["retrieval_top1"] == 1
-    contract = json.loads((tmp_path / "out" / "encoders.json").read_text())
+    contract = json.loads((tmp_path / "out" / "encoders.json").read_text(encoding="utf-8"))
     assert (contract["method"], contract["text_tower"]) == (method, "stub")
     weights = torch.load(tmp_path / "out" / "checkpoint_latest.pth", weights_only=True)["model"]
     assert any(name.startswith("text_tower") for name in weights) is not frozen
@@ -525,7 +525,7 @@ def test_damaged_and_foreign_artefacts_are_refused_in_one_line(artefact, tmp_pat
         assert "\n" not in str(error.value)
     with pytest.raises(UserError, match="missing CT.blocks.4"):
         load_encoders(artefact, network(depth=8).encoders)
-    content = json.loads((artefact / "encoders.json").read_text()) | {"token_patch": [8, 8, 8]}
-    (artefact / "encoders.json").write_text(json.dumps(content))
+    content = json.loads((artefact / "encoders.json").read_text(encoding="utf-8")) | {"token_patch": [8, 8, 8]}
+    (artefact / "encoders.json").write_text(json.dumps(content), encoding="utf-8")
     with pytest.raises(UserError, match="different pretrainings"):
         check_artefact(artefact)

@@ -29,12 +29,12 @@ def aligned(phantoms, text_tower) -> Path:
 
 
 def test_run_with_text_leaves_contract_card_and_projections(aligned):
-    contract = json.loads((aligned / "encoders.json").read_text())
+    contract = json.loads((aligned / "encoders.json").read_text(encoding="utf-8"))
     assert contract["method"] == "fratmae" and "/" not in contract["text_tower"]
-    card = (aligned / "model_card.md").read_text()
+    card = (aligned / "model_card.md").read_text(encoding="utf-8")
     assert "Dataset007_Phantom: 6 cases" in card and "held_out_PET" in card
     assert {k.split(".")[0] for k in load_file(aligned / "context_align.safetensors")} == {"context_align"}
-    row = json.loads((aligned / "metrics.jsonl").read_text().splitlines()[-1])
+    row = json.loads((aligned / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1])
     assert row["train_text"] > 0 and "gain_PET" in row and row["mean_guess_CT"] > 0
 
 
@@ -66,7 +66,7 @@ def test_encoders_serve_other_tasks(aligned):
 
 def test_retrieval_writes_a_table(aligned, phantoms, tmp_path):
     output = phantoms.run(f"fratmae_retrieve -d 7 -m {aligned} -device cpu -o {tmp_path}/found.csv")
-    with (tmp_path / "found.csv").open() as file:
+    with (tmp_path / "found.csv").open(encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 6 and sum(row["held_out"] == "yes" for row in rows) == 2
     assert {row["diagnosis_retrieved"] for row in rows} <= {row["diagnosis"] for row in rows}
@@ -81,9 +81,9 @@ def test_an_artefact_retrieves_as_its_run_does(aligned, text_tower, phantoms, tm
     tables = []
     for model, tower in ((aligned, ""), (tmp_path / "artefact", f"--text_tower {moved}")):
         phantoms.run(f"fratmae_retrieve -d 7 -m {model} {tower} -device cpu -o {tmp_path}/found.csv")
-        with (tmp_path / "found.csv").open() as file:
+        with (tmp_path / "found.csv").open(encoding="utf-8") as file:
             tables.append([{k: v for k, v in row.items() if k != "held_out"} for row in csv.DictReader(file)])
-    assert tables[0] == tables[1] and "\nphantom_000,," in (tmp_path / "found.csv").read_text()
+    assert tables[0] == tables[1] and "\nphantom_000,," in (tmp_path / "found.csv").read_text(encoding="utf-8")
     output = phantoms.run(f"fratmae_retrieve -d 7 -m {tmp_path}/artefact -device cpu -o {tmp_path}/no.csv", expect=1)
     assert "error: text tower " in output and "Traceback" not in output and not (tmp_path / "no.csv").exists()
 
@@ -91,14 +91,14 @@ def test_an_artefact_retrieves_as_its_run_does(aligned, text_tower, phantoms, tm
 def test_retrieval_wants_the_grid_of_the_run(aligned, phantoms, tmp_path):
     """A store on another grid would be looked at in a corner."""
     path = phantoms.preprocessed / "Dataset007_Phantom" / "FratMAEPlans.json"
-    text = path.read_text()
+    text = path.read_text(encoding="utf-8")
     plans = json.loads(text)
     plans["fratmae"]["wholebody"]["grid"] = [64, 48, 64]
-    path.write_text(json.dumps(plans))
+    path.write_text(json.dumps(plans), encoding="utf-8")
     try:
         output = phantoms.run(f"fratmae_retrieve -d 7 -m {aligned} -device cpu -o {tmp_path}/no.csv", expect=1)
     finally:
-        path.write_text(text)
+        path.write_text(text, encoding="utf-8")
     assert "its whole-body grid is [64, 48, 64], not [32,48,64]" in output and "Traceback" not in output
 
 

@@ -89,7 +89,7 @@ def test_the_user_decides():
 
 
 def test_numbers_of_tables_and_lists(tmp_path):
-    (tmp_path / "test.txt").write_text("HD18 007\n# 8\nG_0009\n")
+    (tmp_path / "test.txt").write_text("HD18 007\n# 8\nG_0009\n", encoding="utf-8")
     keys = [Key("G_0001", "", "0012"), Key("G_0002", "", "Koeln/13")]
     known = known_numbers(Table({("HD18", "5"): None}), keys, tmp_path / "test.txt")
     assert known == {"5", "7", "g_0009", "12", "13"}

@@ -42,7 +42,7 @@ def dataset(folder: Path, description=DATASET, labels=None, ct=None, cases=("a",
     raw = folder / "raw" / "Dataset003_Toy"
     for name in ("imagesTr", "labelsTr"):
         (raw / name).mkdir(parents=True)
-    (raw / "dataset.json").write_text(json.dumps(description))
+    (raw / "dataset.json").write_text(json.dumps(description), encoding="utf-8")
     for case in cases:
         for channel in range(2):
             volume = ct if ct is not None and (case, channel) == ("b", 0) else image(np.ones(SHAPE, np.float32))
@@ -183,7 +183,7 @@ def test_dataset_json_is_read_with_care(changes, says):
 
 @pytest.mark.parametrize("text", ["", '{"labels": {"backgr', "[]", "3", "[" * 100_000])
 def test_a_cut_dataset_json_is_one_line(text, tmp_path):
-    (tmp_path / "dataset.json").write_text(text)
+    (tmp_path / "dataset.json").write_text(text, encoding="utf-8")
     with pytest.raises(UserError, match="dataset.json: ") as error:
         read_dataset_json(tmp_path / "dataset.json")
     assert "\n" not in str(error.value)
@@ -200,7 +200,7 @@ def test_an_ending_without_a_reader_is_named(tmp_path):
 
 @pytest.mark.parametrize("text", ["{}", "[]", '[{"train": ["a"]}]', '[{"train": "a", "val": []}]', '[{"train": ["a"'])
 def test_folds_of_another_form_are_refused(text, tmp_path):
-    (tmp_path / "splits_final.json").write_text(text)
+    (tmp_path / "splits_final.json").write_text(text, encoding="utf-8")
     with pytest.raises(UserError, match="splits_final.json: "):
         read_splits(tmp_path / "splits_final.json")
 
@@ -220,14 +220,16 @@ def test_a_fold_of_cases_that_are_gone_or_too_few_ends_before_the_training(tmp_p
     with pytest.raises(UserError, match="fold 0: .* has 4 labelled cases, too few for nnU-Net's 5 folds; .*fold all"):
         check_fold(tmp_path, data, 0)
     check_fold(tmp_path, data, "all")
-    splits.write_text(json.dumps([{"train": ["a", "b"], "val": ["c"]}, {"train": ["a", "x"], "val": ["b"]}]))
+    splits.write_text(
+        json.dumps([{"train": ["a", "b"], "val": ["c"]}, {"train": ["a", "x"], "val": ["b"]}]), encoding="utf-8"
+    )
     check_fold(tmp_path, data, 0)
     check_fold(tmp_path, data, 3)  # which nnU-Net draws by itself
     with pytest.raises(UserError, match="1 of its 3 cases are no preprocessed cases of .*: x; take them out"):
         check_fold(tmp_path, data, 1)
     with pytest.raises(UserError, match=r"1 of its 4 cases are no studies of here \(any more\): x"):
         check_split_cases(splits, set("abcd"), "studies of here")
-    splits.write_text(json.dumps([{"train": ["a"], "val": []}]))
+    splits.write_text(json.dumps([{"train": ["a"], "val": []}]), encoding="utf-8")
     with pytest.raises(UserError, match="1 training and 0 validation cases; each side needs one"):
         check_fold(tmp_path, data, 0)
     with pytest.raises(UserError, match="no preprocessed cases there"):
@@ -260,13 +262,13 @@ def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path):
 def test_what_is_no_store_is_never_replaced(tmp_path):
     other = tmp_path / "other"
     other.mkdir()
-    (other / "thesis.docx").write_text("years")
+    (other / "thesis.docx").write_text("years", encoding="utf-8")
     (tmp_path / "link").symlink_to(other)
-    (tmp_path / "file").write_text("")
+    (tmp_path / "file").write_text("", encoding="utf-8")
     for name, says in (("other", "1 other things .* thesis.docx"), ("link", "is a link"), ("file", "or a file")):
         with pytest.raises(UserError, match=says), replaced(tmp_path / name):
             pass
-    assert (other / "thesis.docx").read_text() == "years"
+    assert (other / "thesis.docx").read_text(encoding="utf-8") == "years"
     check_replaceable(tmp_path / "nothing")
 
 
@@ -292,7 +294,7 @@ def test_two_plannings_at_once_are_one_and_a_refusal(tmp_path):
 
 
 def test_a_preprocessed_folder_that_is_a_file_is_one_line(tmp_path):
-    (tmp_path / "preprocessed").write_text("")
+    (tmp_path / "preprocessed").write_text("", encoding="utf-8")
     folder = tmp_path / "preprocessed" / "Dataset003_Toy"
     with pytest.raises(UserError, match="Dataset003_Toy cannot be written to .Not a directory."), planning(folder):
         pass

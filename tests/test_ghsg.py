@@ -95,7 +95,7 @@ def test_a_trial_in_one_command(trial, tmp_path):
                 [16, 12, "IIB", "Erika", 34], ["HD18", "0012", "IVBE", "Hans", 51]):  # fmt: skip
         sheet.active.append(row)
     sheet.save(tmp_path / "table.xlsx")
-    (tmp_path / "test.txt").write_text("# the test patients\nHD18 12\n")
+    (tmp_path / "test.txt").write_text("# the test patients\nHD18 12\n", encoding="utf-8")
     options = ["--clinical", tmp_path / "table.xlsx", "--test-list", tmp_path / "test.txt", "--columns",
                "case_id=PatNr", "stage=AnnArbor", "trial=Studie", "age=Alter"]  # fmt: skip
     trial.convert(*options)
@@ -185,7 +185,7 @@ def test_time_points_and_splits(trial):
     trial.convert("--timepoint", "all")
     cases = {row["case_id"]: row["patient"] for row in trial.table("keys")}
     assert len(cases) == 4 and set(baseline.values()) < set(cases)
-    for fold in json.loads((trial.dataset / "splits_final.json").read_text()):
+    for fold in json.loads((trial.dataset / "splits_final.json").read_text(encoding="utf-8")):
         assert {cases[c] for c in fold["train"]}.isdisjoint({cases[c] for c in fold["val"]})
         assert len(fold["train"]) + len(fold["val"]) == 4
 
@@ -203,7 +203,7 @@ def test_splits_come_with_the_dataset_and_go_when_they_are_not_needed(trial, mon
 
     monkeypatch.setattr(RawDataset, "finish", watched)
     trial.convert("--timepoint", "all")
-    (trial.input / "test.txt").write_text("a\n")  # its two studies are test cases now
+    (trial.input / "test.txt").write_text("a\n", encoding="utf-8")  # its two studies are test cases now
     trial.convert("--timepoint", "all", "--test-list", trial.input / "test.txt")
     assert there == [True, False]
 
@@ -227,11 +227,11 @@ def test_override_by_pseudonym_converts_one_case_anew(trial, tmp_path):
     trial.convert(fails=True)
     case = trial.case("p2")
     assert "PatientWeight" in trial.report(case)["error"]
-    (tmp_path / "suv.csv").write_text(f"case_id,weight_kg\n{case},140\n")
+    (tmp_path / "suv.csv").write_text(f"case_id,weight_kg\n{case},140\n", encoding="utf-8")
     trial.convert("--suv-override", tmp_path / "suv.csv")
     ratio = trial.voxels(f"imagesTr/{case}_0001") / trial.voxels(f"imagesTr/{trial.case('p1')}_0001")
     np.testing.assert_allclose(ratio, 2, rtol=0.02)
-    (tmp_path / "suv.csv").write_text("case_id,weight_kg\np2,140\n")
+    (tmp_path / "suv.csv").write_text("case_id,weight_kg\np2,140\n", encoding="utf-8")
     assert "pseudonyms" in trial.convert("--suv-override", tmp_path / "suv.csv", fails=True)
 
 
@@ -321,7 +321,7 @@ def test_rows_that_may_be_of_others_are_told(trial, tmp_path):
     """The folder of a centre has the number of a patient, whose row would go to all patients there."""
     for patient in ("A1", "A2", "7"):
         write_patient(trial.input / "12" / patient, patient, rois={})
-    (tmp_path / "t.csv").write_text("case_id,sex\n12,F\n7,M\n")
+    (tmp_path / "t.csv").write_text("case_id,sex\n12,F\n7,M\n", encoding="utf-8")
     output = trial.convert("--clinical", tmp_path / "t.csv")
     [line] = [line for line in output.splitlines() if "may be of others" in line]
     assert trial.case("7") in line and (trial.case("A1") in line) != (trial.case("A2") in line)
@@ -719,7 +719,7 @@ def test_the_same_nifti_patient_in_two_folders_is_refused(tmp_path):
 
 
 def table(tmp_path: Path, text: str, *columns: str):
-    (tmp_path / "t.csv").write_text(text)
+    (tmp_path / "t.csv").write_text(text, encoding="utf-8")
     return read_patients(tmp_path / "t.csv", parse_columns(list(columns)))
 
 
@@ -809,13 +809,13 @@ CASES = {"G_0001": visit("0012", "HD16"), "G_0002": visit("12", "HD18"), "G_0003
     ],
 )
 def test_test_list(tmp_path, text, expected):
-    (tmp_path / "test.txt").write_text(text)
+    (tmp_path / "test.txt").write_text(text, encoding="utf-8")
     assert read_test_list(tmp_path / "test.txt", CASES) == expected
 
 
 @pytest.mark.parametrize(("text", "words"), [("Muster\nErika\n", "line 2: is no patient"), ("12\n", "several trials")])
 def test_bad_test_lists_are_refused_without_their_content(tmp_path, text, words):
-    (tmp_path / "test.txt").write_text(text)
+    (tmp_path / "test.txt").write_text(text, encoding="utf-8")
     with pytest.raises(UserError, match=words) as error:
         read_test_list(tmp_path / "test.txt", CASES)
     assert "Erika" not in str(error.value)
@@ -827,9 +827,9 @@ def test_an_unknown_roi_waits_and_is_listed(trial):
     output = trial.convert(fails=True)
     assert "ROI 2 '…': not known whether this is a lesion" in output and "--lesion-roi" in output
     folder = trial.raw / ".partial_Dataset522_GHSG"
-    with (folder / "conversion_report.csv").open() as file:
+    with (folder / "conversion_report.csv").open(encoding="utf-8") as file:
         assert [row["code"] for row in csv.DictReader(file)] == ["ROI_UNKNOWN"]
-    with (folder / "conversion_rois.csv").open() as file:
+    with (folder / "conversion_rois.csv").open(encoding="utf-8") as file:
         rows = [(row["number"], row["name"], row["note"]) for row in csv.DictReader(file)]
     assert [row[:2] for row in rows] == [("1", "Lesion"), ("2", "…"), ("3", "Urinary bladder")]
     assert rows[1][2] == "unknown"

@@ -120,11 +120,11 @@ def test_the_stream_of_studies_goes_on_where_it_was(samples, size, step):
 def joint_plans(phantoms) -> Path:
     """Plans of their own for the phantoms, since six of them have no advanced stage: which tracer was it?"""
     folder = phantoms.preprocessed / "Dataset007_Phantom"
-    plans = json.loads((folder / "FratMAEPlans.json").read_text())
+    plans = json.loads((folder / "FratMAEPlans.json").read_text(encoding="utf-8"))
     plans["plans_name"] = "JointPlans"
     plans["fratmae"]["staging"] |= {"target": "tracer", "workers": 0}
     plans["fratmae"]["finetune"]["stage_weight"] = 0.5
-    (folder / "JointPlans.json").write_text(json.dumps(plans))
+    (folder / "JointPlans.json").write_text(json.dumps(plans), encoding="utf-8")
     return folder / "JointPlans.json"
 
 
@@ -134,10 +134,10 @@ def make_trainer(phantoms, joint_plans, monkeypatch, tmp_path):
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("nnUNet_results", str(tmp_path / "results"))
     monkeypatch.delenv("FRATMAE_PRETRAINED", raising=False)
-    dataset_json = json.loads((joint_plans.parent / "dataset.json").read_text())
+    dataset_json = json.loads((joint_plans.parent / "dataset.json").read_text(encoding="utf-8"))
 
     def make(plans: dict | None = None, **finetune) -> FratMAETrainer:
-        plans = plans or json.loads(joint_plans.read_text())
+        plans = plans or json.loads(joint_plans.read_text(encoding="utf-8"))
         plans["fratmae"]["finetune"] |= finetune
         torch.manual_seed(0)
         return FratMAETrainer(plans, "3d_fullres", 0, dataset_json, torch.device("cpu"))
@@ -204,11 +204,11 @@ def test_weight_zero_is_the_plain_training(make_trainer, joint_plans):
     plain = make_trainer(stage_weight=0.0)
     plain.initialize()
     assert plain.plans_manager.plans["configurations"]["3d_fullres"]["architecture"] == (
-        json.loads(joint_plans.read_text())["configurations"]["3d_fullres"]["architecture"]
+        json.loads(joint_plans.read_text(encoding="utf-8"))["configurations"]["3d_fullres"]["architecture"]
     )
     assert type(plain.network).__name__ == NETWORK.split(".")[-1] and plain.branch is None
     assert plain.train_step(batch(plain)).keys() == {"loss"}
-    plans = json.loads(joint_plans.read_text())
+    plans = json.loads(joint_plans.read_text(encoding="utf-8"))
     plans["fratmae"]["finetune"]["stage_weight"] = 0.0
     assert add_branch(plans, "3d_fullres", 0) is plans
 
@@ -249,7 +249,7 @@ def test_stock_training_validates_both(trained):
     assert "4 training cases: " in output and "val_stage_accuracy" in output and "train_stage_losses" in output
     assert "Mean Validation Dice" in output and "Classes: Validation of 2 cases: accuracy" in output
     assert (model / "fold_0" / "validation" / "summary.json").is_file()
-    summary = json.loads((model / "fold_0" / "validation" / "stages.json").read_text())
+    summary = json.loads((model / "fold_0" / "validation" / "stages.json").read_text(encoding="utf-8"))
     assert summary["target"] == "tracer" and summary["cases"] == len(summary["metric_per_case"]) == 2
     assert {"accuracy", "macro_sensitivity", "auc", "ece", "brier"} <= summary["mean"].keys()
 
@@ -273,13 +273,15 @@ def test_a_joint_model_segments_by_the_stock_command_and_classifies_by_ours(trai
     phantoms.run(f"nnUNetv2_predict_from_modelfolder -i {images} -o {tmp_path}/out -m {model} -f 0 -device cpu "
                  "--disable_tta -npp 1 -nps 1", **elsewhere)  # fmt: skip
     assert len(list((tmp_path / "out").glob("*.nii.gz"))) == 2
-    case = json.loads((model / "fold_0" / "validation" / "stages.json").read_text())["metric_per_case"][0]
+    case = json.loads((model / "fold_0" / "validation" / "stages.json").read_text(encoding="utf-8"))["metric_per_case"][
+        0
+    ]
     (tmp_path / "in").mkdir()
     for file in (phantoms.raw / "Dataset007_Phantom" / "imagesTr").glob(f"{case['case']}_*"):
         (tmp_path / "in" / file.name).symlink_to(file)
     phantoms.run(f"fratmae_predict_stage -i {tmp_path}/in -o {tmp_path}/stages -m {model} -device cpu --no_pictures",
                  **elsewhere)  # fmt: skip
-    with (tmp_path / "stages" / "stages.csv").open() as file:
+    with (tmp_path / "stages" / "stages.csv").open(encoding="utf-8") as file:
         (row,) = csv.DictReader(file)
     for name, probability in case["probabilities"].items():
         assert float(row[f"p_{name}"]) == pytest.approx(probability, abs=2e-4)
@@ -290,7 +292,7 @@ def test_a_joint_model_segments_by_the_stock_command_and_classifies_by_ours(trai
 
 def test_what_cannot_be_trained_is_said_in_one_line_before_anything_is_written(make_trainer, joint_plans, tmp_path):
     def refused(change, says: str) -> None:
-        plans = json.loads(joint_plans.read_text())
+        plans = json.loads(joint_plans.read_text(encoding="utf-8"))
         change(plans)
         with pytest.raises(SystemExit, match=says) as error:
             make_trainer(plans)
@@ -312,7 +314,9 @@ def test_what_cannot_be_trained_is_said_in_one_line_before_anything_is_written(m
 
 def test_a_model_without_a_classifier_cannot_predict_classes(joint_plans, tmp_path):
     for name in ("FratMAEPlans.json", "dataset.json"):
-        (tmp_path / name.replace("FratMAEPlans", "plans")).write_text((joint_plans.parent / name).read_text())
+        (tmp_path / name.replace("FratMAEPlans", "plans")).write_text(
+            (joint_plans.parent / name).read_text(encoding="utf-8"), encoding="utf-8"
+        )
     with pytest.raises(UserError, match="has no classifier; give a model of FratMAEStagingTrainer"):
         read_model(tmp_path)
 

@@ -204,7 +204,10 @@ def test_channels_that_are_not_plain_are_refused(names, declared):
 def test_a_third_channel_is_said_and_not_seen(make_trainer):
     """One line in the log; the logits do not change with it, and nnU-Net's loader may hand it over as it is."""
     trainer = make_trainer(dataset(ONE, ("CT", "PET", "organs")))
-    assert "channel 2 is neither CT nor PET" in Path(trainer.log_file).read_text() and trainer.num_input_channels == 3
+    assert (
+        "channel 2 is neither CT nor PET" in Path(trainer.log_file).read_text(encoding="utf-8")
+        and trainer.num_input_channels == 3
+    )
     data = batch(trainer, [0, 1])
     assert np.isfinite(trainer.train_step(data)["loss"])
     other = data["data"].clone()
@@ -260,16 +263,16 @@ def test_regions_ignore_and_a_third_channel_by_the_commands(tmp_path):
     for number in range(5):
         write_case(folder, f"case_{number}", generator)
     content = dataset(REGIONS_IGNORE, ("CT", "PET", "noNorm"))
-    (folder / "dataset.json").write_text(json.dumps(content))
+    (folder / "dataset.json").write_text(json.dumps(content), encoding="utf-8")
     sizes = "token_patch=[8,16,16] finetune.patch=[16,32,48] finetune.batch_size=2 finetune.epochs=1"
     said = workspace.run("fratmae_plan_and_preprocess -d 9 -preset vit_nano -np 1 --set finetune.iterations=2 "
                          f"finetune.val_iterations=1 wholebody.grid=[16,32,48] {sizes}")  # fmt: skip
     assert "channel 2 is neither CT nor PET" in said
-    plans = json.loads((workspace.preprocessed / folder.name / "FratMAEPlans.json").read_text())
+    plans = json.loads((workspace.preprocessed / folder.name / "FratMAEPlans.json").read_text(encoding="utf-8"))
     schemes = PlansManager(plans).get_configuration("3d_fullres").normalization_schemes
     assert schemes == ["CTNormalization", "CTNormalization", "NoNormalization"]
     train = "nnUNetv2_train 9 3d_fullres 0 -tr FratMAETrainer -p FratMAEPlans -device cpu"
     assert "channel 2 is neither CT nor PET" in workspace.run(train)
     results = workspace.results / folder.name / "FratMAETrainer__FratMAEPlans__3d_fullres" / "fold_0" / "validation"
-    summary = json.loads((results / "summary.json").read_text())
+    summary = json.loads((results / "summary.json").read_text(encoding="utf-8"))
     assert set(summary["mean"]) == {"(1, 2)", "(2,)"}

@@ -58,7 +58,7 @@ def test_lock_ends_with_an_error(tmp_path):
 
 
 def test_lock_that_cannot_be_made_is_one_line(tmp_path):
-    (tmp_path / "file").write_text("")
+    (tmp_path / "file").write_text("", encoding="utf-8")
     with pytest.raises(UserError, match="file cannot be written to"), locked(tmp_path / "file" / "lock", "x"):
         pass
 

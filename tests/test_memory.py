@@ -19,15 +19,15 @@ GB = 10**9
 
 def write_cgroup(folder, limit, used, cache):
     folder.mkdir()
-    (folder / "memory.max").write_text(f"{limit}\n")
-    (folder / "memory.current").write_text(f"{used}\n")
-    (folder / "memory.stat").write_text(f"anon 5\ninactive_file {cache}\n")
+    (folder / "memory.max").write_text(f"{limit}\n", encoding="utf-8")
+    (folder / "memory.current").write_text(f"{used}\n", encoding="utf-8")
+    (folder / "memory.stat").write_text(f"anon 5\ninactive_file {cache}\n", encoding="utf-8")
     return folder
 
 
 def test_free_memory_is_that_of_the_container_if_it_has_less(tmp_path):
     proc = tmp_path / "meminfo"
-    proc.write_text("MemTotal:       24000000 kB\nMemAvailable:   10000000 kB\n")
+    proc.write_text("MemTotal:       24000000 kB\nMemAvailable:   10000000 kB\n", encoding="utf-8")
     assert memory.free_memory(proc, tmp_path / "none") == 10_240_000_000
     small = write_cgroup(tmp_path / "small", 8 * GB, 5 * GB, 2 * GB)
     assert memory.free_memory(proc, small) == 5 * GB

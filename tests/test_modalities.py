@@ -284,7 +284,7 @@ def test_folds_of_a_model_have_dropout_or_none(tmp_path):
                     for p in (0.0, 0.3))  # fmt: skip
     (tmp_path / "fold_1").mkdir()
     (tmp_path / "fold_1" / "checkpoint_best.pth").touch()
-    (tmp_path / "plans.json").write_text(json.dumps(plans))
+    (tmp_path / "plans.json").write_text(json.dumps(plans), encoding="utf-8")
     check_other_folds(tmp_path, plans, "3d_fullres", 0)
     with pytest.raises(UserError, match=r"fold_1 was trained with finetune.modality_dropout=0.0; set it so"):
         check_other_folds(tmp_path, other, "3d_fullres", 0)
@@ -327,7 +327,7 @@ def model_folder(folder, dataset_json, transpose=(0, 1, 2), ours=False, **settin
     plans = finish_plans(plans, dataset_json, block) if ours else extend_plans(plans, dataset_json, block)[0]
     dataset_json = dataset_json | {"labels": LABELS, "file_ending": ".nii.gz", "numTraining": 5}
     for name, content in (("plans.json", plans), ("dataset.json", dataset_json)):
-        (folder / name).write_text(json.dumps(content))
+        (folder / name).write_text(json.dumps(content), encoding="utf-8")
     return plans, dataset_json
 
 
@@ -407,7 +407,9 @@ def test_models_and_folders_that_cannot_be_are_refused_before_anything_is_writte
     (tmp_path / "in" / "a_0002.nii.gz").unlink()
     (tmp_path / "in" / "b_0000.nii.gz").touch()
     refused("b_0000.nii.gz: cannot be read")
-    (tmp_path / "model" / "plans.json").write_text(json.dumps({k: v for k, v in plans.items() if k != "fratmae"}))
+    (tmp_path / "model" / "plans.json").write_text(
+        json.dumps({k: v for k, v in plans.items() if k != "fratmae"}), encoding="utf-8"
+    )
     refused("no model of FratMAETrainer")
 
 
@@ -477,9 +479,9 @@ def test_a_dataset_of_pet_alone_from_plan_to_prediction(phantoms, artefact):
     for image in (both / "imagesTr").glob("*_0001.nii.gz"):
         shutil.copy(image, alone / "imagesTr" / image.name.replace("_0001", "_0000"))
     shutil.copy(image, alone / "imagesTs" / "new_0000.nii.gz")
-    dataset_json = json.loads((both / "dataset.json").read_text()) | {"channel_names": {"0": "PET"}}
+    dataset_json = json.loads((both / "dataset.json").read_text(encoding="utf-8")) | {"channel_names": {"0": "PET"}}
     dataset_json.pop("fratmae", None)
-    (alone / "dataset.json").write_text(json.dumps(dataset_json))
+    (alone / "dataset.json").write_text(json.dumps(dataset_json), encoding="utf-8")
     said = phantoms.run(f"fratmae_plan_and_preprocess -d 9 -np 1 -pretrained {artefact} --set finetune.epochs=1 "
                         "finetune.patch=[16,32,48] finetune.batch_size=2 finetune.iterations=2 "
                         "finetune.val_iterations=1")  # fmt: skip

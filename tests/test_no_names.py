@@ -108,7 +108,7 @@ def write_pairs(folder: Path) -> None:
     (folder / "clinical.csv").write_text(
         "case_id,tracer,diagnosis,age,sex,stage,patient\n"
         '"Kettler, Josephine",FDG Kettler,"Hodgkin lymphoma, Fr. Kettler",61,F,II,Kettler\n'
-        "Müßiggang_30111952,FDG,Grünwald 301152,50,M,III,Hanssen\n"
+        "Müßiggang_30111952,FDG,Grünwald 301152,50,M,III,Hanssen\n", encoding="utf-8",
     )
 
 
@@ -188,7 +188,7 @@ def test_datasets_name_nobody(converted):
     workspace, said = converted
     assert_nobody_is_named(workspace.raw, outputs=tuple(said))
     dataset = workspace.raw / "Dataset007_Trial"
-    rois = (dataset / "conversion_rois.csv").read_text()
+    rois = (dataset / "conversion_rois.csv").read_text(encoding="utf-8")
     assert all(name in rois for name in ("GTV…", "Läsion …", "LN … axillär", "Tumor …", "Leber"))  # what is known
     assert len(list((dataset / "imagesTr").glob("*"))) == 4 and len(list((dataset / "imagesPt").glob("*"))) == 2
     assert "tracer of 3 cases" in said[0] and "unknown" in said[0]

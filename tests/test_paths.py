@@ -145,16 +145,16 @@ def test_a_row_that_is_damaged_or_lies_removes_nothing(raw, tmp_path, quick, con
     for folder in (raw, tmp_path):
         (folder / "victim").mkdir()
         for name in ("x.nii.gz", "x_0000.nii.gz", "victim.json"):
-            (folder / "victim" / name).write_text("kept")
+            (folder / "victim" / name).write_text("kept", encoding="utf-8")
     dataset = raw / "Dataset007_Test"
-    (dataset / "conversion" / "a.json").write_text(content)
+    (dataset / "conversion" / "a.json").write_text(content, encoding="utf-8")
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(UserError, match="a.json: is damaged, or not of this case; remove this file") as error:
         run(studies)
     assert error.value.code == "ROW_DAMAGED" and sorted(tmp_path.rglob("*")) == before
     (dataset / "conversion" / "a.json").unlink()  # as it says
     assert run(studies) == 0
-    assert json.loads((dataset / "conversion" / "a.json").read_text())["status"] == "done"
+    assert json.loads((dataset / "conversion" / "a.json").read_text(encoding="utf-8"))["status"] == "done"
 
 
 @pytest.mark.parametrize("name", ["../../x", "/etc/x", "a/b", "", "..", "a\x00b"])
@@ -167,7 +167,7 @@ def test_no_file_is_removed_by_a_name_that_leads_elsewhere(tmp_path, name):
 def test_damaged_options_are_one_line(raw, tmp_path, quick, content):  # noqa: F811
     studies = sources(tmp_path / "in", a="")
     run(studies)
-    (raw / "Dataset007_Test" / OPTIONS).write_text(content)
+    (raw / "Dataset007_Test" / OPTIONS).write_text(content, encoding="utf-8")
     with pytest.raises(UserError, match=f"{OPTIONS}: is damaged"):
         run(studies)
     assert (raw / "Dataset007_Test" / "imagesTr" / "a_0000.nii.gz").exists()
@@ -179,11 +179,11 @@ def test_two_patients_with_files_of_one_size_and_time_are_two(raw, tmp_path, qui
     run(studies)
     source = tmp_path / "in" / "a.txt"
     times = source.stat()
-    source.write_text("noct")
+    source.write_text("noct", encoding="utf-8")
     os.utime(source, ns=(times.st_atime_ns, times.st_mtime_ns))
     assert source.stat().st_size == times.st_size
     run(studies)
-    row = json.loads((raw / "Dataset007_Test" / "conversion" / "a.json").read_text())
+    row = json.loads((raw / "Dataset007_Test" / "conversion" / "a.json").read_text(encoding="utf-8"))
     assert row["missing_ct"]
 
 
@@ -200,6 +200,6 @@ def test_rois_of_a_spreadsheet_attack(trial):  # noqa: F811
     write_patient(trial.input / "A", "A", rois={"=HYPERLINK(1)": ((0, 0, 0), 20), "<b>x</b>": ((0, 0, 0), 20)})
     trial.convert("--lesion-roi", ".*")
     for name in ("conversion_report.csv", "conversion_rois.csv", "clinical.csv"):
-        assert not any(cell.startswith(("=", '"=')) for line in (trial.dataset / name).read_text().splitlines()
-                       for cell in line.split(","))  # fmt: skip
-    assert "<b>" not in (trial.dataset / "conversion" / "index.html").read_text()
+        lines = (trial.dataset / name).read_text(encoding="utf-8").splitlines()
+        assert not any(cell.startswith(("=", '"=')) for line in lines for cell in line.split(","))
+    assert "<b>" not in (trial.dataset / "conversion" / "index.html").read_text(encoding="utf-8")

@@ -110,7 +110,9 @@ def test_text_weights_run_nothing(payload, tmp_path, marker):
     assert str(path) in one_line(load_tower, "ViT-B-32-quickgelu", str(path))
     folder = tmp_path / "tower"
     folder.mkdir()
-    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": TINY | {"quick_gelu": True}}))
+    (folder / "open_clip_config.json").write_text(
+        json.dumps({"model_cfg": TINY | {"quick_gelu": True}}), encoding="utf-8"
+    )
     shutil.copy(path, folder / "open_clip_pytorch_model.bin")
     one_line(load_tower, str(folder), None)
 
@@ -125,21 +127,23 @@ def test_a_tower_that_brings_code_is_refused(where, tmp_path, marker):
     folder = tmp_path / "tower"
     folder.mkdir()
     for name in ("modeling_evil.py", "tokenization_evil.py", "configuration_evil.py"):
-        (folder / name).write_text(f"import os\nos.mkdir({str(marker)!r})\nclass Evil: pass\n")
+        (folder / name).write_text(f"import os\nos.mkdir({str(marker)!r})\nclass Evil: pass\n", encoding="utf-8")
     remote = {"auto_map": {"AutoModel": "modeling_evil.Evil", "AutoConfig": "configuration_evil.Evil",
                            "AutoTokenizer": ["tokenization_evil.Evil", None]}}  # fmt: skip
     text = {"hf_model_name": "org/evil", "hf_tokenizer_name": "org/evil", "hf_model_pretrained": False}
     text |= {"tokenizer_kwargs": {"trust_remote_code": True}} if where == "tokenizer_kwargs" else {}
     text |= {"trust_remote_code": True} if where == "text_cfg" else {}
     if not where.startswith("bert"):
-        (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": {"embed_dim": 24, "text_cfg": text}}))
+        (folder / "open_clip_config.json").write_text(
+            json.dumps({"model_cfg": {"embed_dim": 24, "text_cfg": text}}), encoding="utf-8"
+        )
         save_file({"text.a": torch.zeros(1)}, folder / "open_clip_model.safetensors")
     sizes = {"hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
     config = {"model_type": "bert", **sizes} | (remote if where in ("config.json", "auto_map", "bert") else {})
-    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
     tokens = {"tokenizer_class": "Evil"} | (remote if "tokenizer" in where else {})
-    (folder / "tokenizer_config.json").write_text(json.dumps(tokens))
-    (folder / "vocab.txt").write_text("[PAD]\n[UNK]\n")
+    (folder / "tokenizer_config.json").write_text(json.dumps(tokens), encoding="utf-8")
+    (folder / "vocab.txt").write_text("[PAD]\n[UNK]\n", encoding="utf-8")
     message = one_line(load_tower, str(folder), None)
     assert "code" in message
 
@@ -229,7 +233,7 @@ def test_networks_of_foreign_plans_are_ours_and_of_a_size(changes, kwargs, says)
 @pytest.mark.parametrize("content", [b"\xff\xfe{}", b"[" * 10**5, b'{"a": 1, "a": 2}', b"[]", b"{", b""])
 def test_plans_that_cannot_be_read_are_one_line(content, tmp_path):
     (tmp_path / "plans.json").write_bytes(content)
-    (tmp_path / "dataset.json").write_text('{"file_ending": ".nii.gz"}')
+    (tmp_path / "dataset.json").write_text('{"file_ending": ".nii.gz"}', encoding="utf-8")
     assert "plans.json" in one_line(read_model_files, tmp_path, "...")
 
 

@@ -233,7 +233,7 @@ def test_dataset_is_one_of_nnunet_and_processes_do_not_matter(raw, monkeypatch, 
         assert case.pet.min() >= 0
     records = read_clinical(one / "clinical.csv")
     assert [records[name].tracer for name in sorted(found)] == [case.record.tracer for case in cohort()[:3]]
-    assert [row["stage"] for row in csv.DictReader((one / "clinical.csv").open())] == [
+    assert [row["stage"] for row in csv.DictReader((one / "clinical.csv").open(encoding="utf-8"))] == [
         case.record.stage or "" for case in cohort()[:3]]  # fmt: skip
     for path in one.rglob("*.*"):
         assert path.read_bytes() == (two / path.relative_to(one)).read_bytes(), path.name

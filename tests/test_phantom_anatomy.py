@@ -253,7 +253,7 @@ def test_mistakes_end_in_one_line(raw, tmp_path, monkeypatch, capsys, name, chan
     if change:
         write(maps, change(organ_map()), name)
     else:
-        (maps / name).write_text("no image")
+        (maps / name).write_text("no image", encoding="utf-8")
     with pytest.raises(SystemExit) as stop:
         run(monkeypatch, capsys, "-d", 41, "--anatomy", maps, *words)
     assert complaint in str(stop.value.code) and "\n" not in str(stop.value.code)

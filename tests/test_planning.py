@@ -175,7 +175,7 @@ def planned(tmp_path, shape_zyx=(326, 400, 380), settings=None, **edits):
         part, _, last = key.rpartition(".")
         (plans["fratmae"][part] if part else plans["fratmae"])[last] = value
     path = tmp_path / "FratMAEPlans.json"
-    path.write_text(json.dumps(plans))
+    path.write_text(json.dumps(plans), encoding="utf-8")
     return path
 
 
@@ -201,7 +201,7 @@ def test_sizes_that_were_said_stay_and_the_command_wins(tmp_path):
 
 def test_planning_twice_is_planning_once(tmp_path):
     path = planned(tmp_path)
-    first = json.loads(path.read_text())
+    first = json.loads(path.read_text(encoding="utf-8"))
     again = finish_plans(stock_plans((326, 400, 380), (1, 2, 0)), DATASET_JSON, planned_settings(path, []))
     assert json.loads(json.dumps(again)) == first
     assert set(first["fratmae_chosen"]) == {
@@ -222,11 +222,11 @@ def test_a_wrong_edit_is_refused_in_one_line(tmp_path):
 
 def test_plans_that_are_no_json_or_lack_a_part_are_no_riddle(tmp_path):
     path = planned(tmp_path)
-    plans = json.loads(path.read_text())
+    plans = json.loads(path.read_text(encoding="utf-8"))
     del plans["fratmae"]["wholebody"]
-    path.write_text(json.dumps(plans))
+    path.write_text(json.dumps(plans), encoding="utf-8")
     assert planned_settings(path, []).wholebody.grid is None
-    path.write_text(path.read_text()[:-1] + ",")
+    path.write_text(path.read_text(encoding="utf-8")[:-1] + ",", encoding="utf-8")
     with pytest.raises(UserError, match=r"FratMAEPlans.json: is no JSON \(.*line 1.*; mend it there"):
         planned_settings(path, [])
 
@@ -238,9 +238,11 @@ def test_folds_that_changed_are_named_before_nnunet_asserts(tmp_path, monkeypatc
     for folder, folds in ((raw, [["a", "b"]]), (preprocessed, [["b", "a"], ["c"]])):
         folder.mkdir(parents=True)
         check_splits(raw)
-        (folder / "splits_final.json").write_text(json.dumps([{"train": fold, "val": ["d"]} for fold in folds]))
+        (folder / "splits_final.json").write_text(
+            json.dumps([{"train": fold, "val": ["d"]} for fold in folds]), encoding="utf-8"
+        )
     check_splits(raw)
-    (raw / "splits_final.json").write_text(json.dumps([{"train": ["a", "b", "e"], "val": ["d"]}]))
+    (raw / "splits_final.json").write_text(json.dumps([{"train": ["a", "b", "e"], "val": ["d"]}]), encoding="utf-8")
     with pytest.raises(UserError, match="preprocessed/.*splits_final.json: has other folds than .*; remove it"):
         check_splits(raw)
 

@@ -298,8 +298,8 @@ def write_artefact(folder, **changes):
     folder.mkdir(exist_ok=True)
     (folder / "encoders.safetensors").write_bytes(b"")
     contract().save(folder / "encoders.json")
-    content = json.loads((folder / "encoders.json").read_text()) | changes
-    (folder / "encoders.json").write_text(json.dumps(content))
+    content = json.loads((folder / "encoders.json").read_text(encoding="utf-8")) | changes
+    (folder / "encoders.json").write_text(json.dumps(content), encoding="utf-8")
     return folder
 
 
@@ -328,7 +328,7 @@ def test_absent_and_unreadable_artefacts_are_refused(tmp_path):
     with pytest.raises(UserError, match="is not there"):
         read_contract(tmp_path / "nowhere")
     folder = write_artefact(tmp_path / "a")
-    (folder / "encoders.json").write_text("{")
+    (folder / "encoders.json").write_text("{", encoding="utf-8")
     with pytest.raises(UserError, match="no readable contract"):
         read_contract(folder / "encoders.safetensors")
 
@@ -374,8 +374,8 @@ def test_a_contract_that_is_none_is_one_line(tmp_path, content):
 
 def test_a_contract_without_a_part_says_which(tmp_path):
     folder = write_artefact(tmp_path / "a")
-    content = json.loads((folder / "encoders.json").read_text())
+    content = json.loads((folder / "encoders.json").read_text(encoding="utf-8"))
     del content["grid"], content["software"]
-    (folder / "encoders.json").write_text(json.dumps(content))
+    (folder / "encoders.json").write_text(json.dumps(content), encoding="utf-8")
     with pytest.raises(UserError, match="grid, software missing"):
         read_contract(folder)

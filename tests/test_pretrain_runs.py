@@ -23,7 +23,7 @@ COMMAND = "fratmae_pretrain -d 7 -m fratmae_notext -device cpu"
 def metrics(folder: Path) -> list[dict]:
     """Rows of metrics.jsonl without those that depend on the speed of the machine."""
     timing = ("seconds", "patches_per_second", "data_wait", "mfu")
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     return [{key: value for key, value in row.items() if key not in timing} for row in rows]
 
 
@@ -45,8 +45,8 @@ def half_told(phantoms, tmp_path_factory) -> dict[str, str]:
     (source,) = phantoms.preprocessed.glob("Dataset007_*")
     shutil.copytree(source, folder / source.name)
     table = folder / source.name / "clinical.csv"
-    head, *rows = table.read_text().splitlines(keepends=True)
-    table.write_text(head + "".join(rows[::2]))
+    head, *rows = table.read_text(encoding="utf-8").splitlines(keepends=True)
+    table.write_text(head + "".join(rows[::2]), encoding="utf-8")
     return {"nnUNet_preprocessed": str(folder)}
 
 

@@ -127,7 +127,7 @@ def test_no_output_names_a_patient(secretive, tmp_path):
     assert not any("please report this" in row["error"] for row in rows), rows  # each is a fault that is understood
     assert_no_secret({"output": done.stdout + done.stderr, **written_texts(secretive.raw)})
     assert {path.name for path in tmp_path.iterdir()} == {"in", "raw", "key_in.csv"}
-    keys = secretive.keys.read_text()
+    keys = secretive.keys.read_text(encoding="utf-8")
     assert "88471105" in keys and oct(secretive.keys.stat().st_mode)[-3:] == "600"
     rois = {row["name"] for row in secretive.table("conversion_rois")}
     assert "GTV_…_1" in rois
@@ -182,7 +182,7 @@ def test_links_do_not_name_a_patient(secretive):
     ],
 )
 def test_no_message_on_a_bad_table_names_a_patient(secretive, tmp_path, option, text):
-    (tmp_path / "table.csv").write_text(text)
+    (tmp_path / "table.csv").write_text(text, encoding="utf-8")
     output = secretive.convert(option, tmp_path / "table.csv", fails=True)
     assert "table.csv" in output and "Traceback" not in output
     assert_no_secret({"output": output.encode()})

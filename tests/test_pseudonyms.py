@@ -65,7 +65,7 @@ def test_same_number_in_two_trials_is_two_patients():
 
 def test_rows_of_a_user_without_trial_and_time_point_fit_any(tmp_path):
     path = tmp_path / "mine.csv"
-    path.write_text("case_id;patient\nKoeln-7;12\n")
+    path.write_text("case_id;patient\nKoeln-7;12\n", encoding="utf-8")
     keys = read_keys(path)
     first, later = assign(keys, wanted("12") + wanted("12", timepoint="20210101"), "GHSG")
     assert first.case_id == "Koeln-7" and later.case_id == "GHSG_0001"
@@ -111,14 +111,14 @@ def test_key_table_in_a_folder_that_is_passed_on_is_refused(tmp_path, monkeypatc
 )
 def test_bad_key_tables_are_refused_without_their_content(tmp_path, text, what):
     path = tmp_path / "keys.csv"
-    path.write_text(text)
+    path.write_text(text, encoding="utf-8")
     with pytest.raises(UserError, match=what) as error:
         read_keys(path)
     assert "rika" not in str(error.value) and "\n" not in str(error.value)
 
 
 def test_key_table_that_cannot_be_written_is_one_line(tmp_path):
-    (tmp_path / "file").write_text("")
+    (tmp_path / "file").write_text("", encoding="utf-8")
     with pytest.raises(UserError, match="--key-file"):
         write_keys(tmp_path / "file" / "keys.csv", [])
 
@@ -205,4 +205,4 @@ def test_two_users_of_a_table_come_one_after_the_other(tmp_path, monkeypatch):
 
 def test_formulas_in_the_key_table_are_inert(tmp_path):
     write_keys(tmp_path / "k.csv", [Key("A_1", "", "=cmd|' /C calc'!A0", "", "@SUM(A1)/x")])
-    assert ",'=cmd|' /C calc'!A0,,'@SUM" in (tmp_path / "k.csv").read_text()
+    assert ",'=cmd|' /C calc'!A0,,'@SUM" in (tmp_path / "k.csv").read_text(encoding="utf-8")

@@ -28,8 +28,11 @@ def converted(tmp_path_factory) -> dict[str, tuple[Path, dict[str, str]]]:
     workspace.run(f"fratmae_convert_ghsg -i {folders} -d 522 -np 2 --key-file {keys} --lesion-roi GTV_Mass "
                   "--allow-missing-ct --diagnosis sarcoma")  # fmt: skip
     dataset = workspace.raw / "Dataset522_GHSG"
-    report = {row["case_id"]: row for row in csv.DictReader((dataset / "conversion_report.csv").open())}
-    who = {next(p for p in PATIENTS if p in row["source"]): row["case_id"] for row in csv.DictReader(keys.open())}
+    report = {row["case_id"]: row for row in csv.DictReader((dataset / "conversion_report.csv").open(encoding="utf-8"))}
+    who = {
+        next(p for p in PATIENTS if p in row["source"]): row["case_id"]
+        for row in csv.DictReader(keys.open(encoding="utf-8"))
+    }
     return {patient: (dataset, report[case_id]) for patient, case_id in who.items()}
 
 

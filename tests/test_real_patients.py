@@ -38,7 +38,9 @@ def patients(tmp_path_factory) -> Workspace:
     workspace.run("nnUNetv2_plan_and_preprocess -d 7 -c 3d_fullres -np 2 --verify_dataset_integrity")
     path = workspace.preprocessed / "Dataset007_Sarcoma" / "nnUNetPlans.json"
     finetune = {"epochs": 3, "iterations": 20, "val_iterations": 2, "batch_size": 2, "learning_rate": 1e-3}
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"fratmae": {"finetune": finetune}}))
+    path.write_text(
+        json.dumps(json.loads(path.read_text(encoding="utf-8")) | {"fratmae": {"finetune": finetune}}), encoding="utf-8"
+    )
     output = workspace.run("nnUNetv2_train 7 3d_fullres 0 -tr FratMAETrainer -device cpu",
                            FRATMAE_PRETRAINED=f"{workspace.folder}/pretraining")  # fmt: skip
     assert "0 missing, 0 left over" in output

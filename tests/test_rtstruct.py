@@ -445,7 +445,7 @@ def test_damaged_files_are_refused(tmp_path, change):
 
 
 def test_no_dicom_and_no_file(tmp_path):
-    (tmp_path / "Muster.txt").write_text("Muster, Erika\n" * 100)
+    (tmp_path / "Muster.txt").write_text("Muster, Erika\n" * 100, encoding="utf-8")
     refused(read_rois, tmp_path / "Muster.txt")
     refused(read_rois, tmp_path / "missing")
 

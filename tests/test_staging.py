@@ -44,7 +44,7 @@ STAGES = ["I", "II", "III", "IV", "early", "advanced", ""]
 
 
 def clinical(folder: Path, text: str) -> Path:
-    (folder / "clinical.csv").write_text(text)
+    (folder / "clinical.csv").write_text(text, encoding="utf-8")
     return folder / "clinical.csv"
 
 
@@ -125,7 +125,7 @@ def preprocessed(tmp_path) -> Path:
 def test_folds_are_nnunets_restricted_to_labels(preprocessed):
     """A user's smaller training set is kept, and cases without a segmentation train only."""
     split = [{"train": ["c0", "c1", "c2", "c9"], "val": ["c4", "c5"]}, {"train": ["c4", "c5"], "val": ["c9"]}]
-    (preprocessed / "splits_final.json").write_text(json.dumps(split))
+    (preprocessed / "splits_final.json").write_text(json.dumps(split), encoding="utf-8")
     cohort = read_cohort(preprocessed, PLANS, 0)
     assert cohort.training == {"c0": 1, "c1": 0, "c2": 1, "c10": 1, "c11": 0}
     assert cohort.validation == {"c4": 1, "c5": 0}
@@ -141,7 +141,7 @@ def test_folds_are_nnunets_restricted_to_labels(preprocessed):
 def test_the_split_that_is_made_anew_is_nnunets(preprocessed):
     """No case without a segmentation gets into splits_final.json, or FratMAETrainer would look for its labels."""
     sides = [read_cohort(preprocessed, PLANS, fold) for fold in range(5)]
-    split = json.loads((preprocessed / "splits_final.json").read_text())
+    split = json.loads((preprocessed / "splits_final.json").read_text(encoding="utf-8"))
     assert {case for fold in split for case in fold["val"]} == {f"c{i}" for i in range(10)}
     assert all(not side.training.keys() & side.validation.keys() for side in sides)
 
@@ -381,10 +381,10 @@ TRAIN = "nnUNetv2_train 7 wholebody 0 -tr FratMAEStagingTrainer -p TracerPlans -
 def tracer_plans(phantoms) -> Path:
     """Plans of their own for the phantoms, since six of them have no advanced stage: which tracer was it?"""
     folder = phantoms.preprocessed / "Dataset007_Phantom"
-    plans = json.loads((folder / "FratMAEPlans.json").read_text())
+    plans = json.loads((folder / "FratMAEPlans.json").read_text(encoding="utf-8"))
     plans["plans_name"] = "TracerPlans"
     plans["fratmae"]["staging"] |= {"target": "tracer", "epochs": 3, "workers": 0, "learning_rate": 1e-3}
-    (folder / "TracerPlans.json").write_text(json.dumps(plans))
+    (folder / "TracerPlans.json").write_text(json.dumps(plans), encoding="utf-8")
     return folder / "TracerPlans.json"
 
 
@@ -398,7 +398,7 @@ def test_stock_training_starts_from_the_artefact_and_says_how_good_it_is(trained
     model, output = trained
     assert "PET encoder: 53 tensors loaded, 0 missing, 0 left over" in output
     assert "are kept" in output and "Validation of 2 cases: accuracy" in output
-    summary = json.loads((model / "fold_0" / "validation" / "summary.json").read_text())
+    summary = json.loads((model / "fold_0" / "validation" / "summary.json").read_text(encoding="utf-8"))
     assert summary["chosen_on_these_cases"] and not summary["trained_on_these_cases"]
     assert summary["target"] == "tracer" and summary["cases"] == len(summary["metric_per_case"]) == 2
     assert {"accuracy", "macro_sensitivity", "auc", "ece", "brier"} <= summary["mean"].keys()
@@ -414,7 +414,7 @@ def test_a_study_that_cannot_be_read_does_not_stop_the_others(trained, phantoms,
     output = phantoms.run(f"fratmae_predict_stage -i {tmp_path}/in -o {tmp_path}/out -m {trained[0]} -device cpu "
                           "--no_pictures", expect=1)  # fmt: skip
     assert "error: 1 of 2 studies are not in stages.csv, the first because of case phantom_000: " in output
-    with (tmp_path / "out" / "stages.csv").open() as file:
+    with (tmp_path / "out" / "stages.csv").open(encoding="utf-8") as file:
         assert [row["case"] for row in csv.DictReader(file)] == ["phantom_001"]
 
 
@@ -448,14 +448,14 @@ def test_studies_that_cannot_be_are_one_line_each(trained, phantoms, tmp_path):
     for line, (case, said) in zip(lines, wrong.items(), strict=True):
         assert f"refused: case {case}: " in line and said in line
     assert "error: 8 of 9 studies are not in stages.csv" in output and "Traceback" not in output
-    with (tmp_path / "out" / "stages.csv").open() as file:
+    with (tmp_path / "out" / "stages.csv").open(encoding="utf-8") as file:
         assert [row["case"] for row in csv.DictReader(file)] == ["right"]
 
 
 def test_a_moved_model_predicts_what_it_validated_however_images_lie(trained, phantoms, tmp_path):
     """No variable of nnU-Net, a study of the validation in four orientations, and the same answer to each."""
     model, _ = trained
-    summary = json.loads((model / "fold_0" / "validation" / "summary.json").read_text())
+    summary = json.loads((model / "fold_0" / "validation" / "summary.json").read_text(encoding="utf-8"))
     case = summary["metric_per_case"][0]
     shutil.move(model / "fold_0" / "validation", tmp_path / "validation")
     shutil.copytree(model, tmp_path / "moved")
@@ -463,7 +463,7 @@ def test_a_moved_model_predicts_what_it_validated_however_images_lie(trained, ph
     elsewhere = {f"nnUNet_{name}": "" for name in ("raw", "preprocessed", "results")}
     phantoms.run(f"fratmae_predict_stage -i {tmp_path}/in -o {tmp_path}/out -m {tmp_path}/moved -f 0 -device cpu",
                  **elsewhere)  # fmt: skip
-    with (tmp_path / "out" / "stages.csv").open() as file:
+    with (tmp_path / "out" / "stages.csv").open(encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     assert [row["case"] for row in rows] == ["axes_permuted", "identity", "x_and_z_flipped", "y_flipped"]
     for row in rows:
@@ -484,9 +484,9 @@ def in_process(phantoms, tracer_plans, monkeypatch, tmp_path):
     def make(results: str, **staging) -> FratMAEStagingTrainer:
         (tmp_path / results).mkdir(exist_ok=True)
         monkeypatch.setenv("nnUNet_results", str(tmp_path / results))
-        plans = json.loads(tracer_plans.read_text())
+        plans = json.loads(tracer_plans.read_text(encoding="utf-8"))
         plans["fratmae"]["staging"] |= staging
-        dataset_json = json.loads((folder / "dataset.json").read_text())
+        dataset_json = json.loads((folder / "dataset.json").read_text(encoding="utf-8"))
         trainer = FratMAEStagingTrainer(plans, "wholebody", 0, dataset_json, torch.device("cpu"))
         trainer.save_every = 1
         return trainer
@@ -530,7 +530,7 @@ def test_early_stopping_keeps_the_best_weights_and_going_on_does_not_train_furth
 )
 def test_errors_of_the_trainer_are_one_line(configuration, plans, says, phantoms, in_process):
     folder = phantoms.preprocessed / "Dataset007_Phantom"
-    contents = [json.loads((folder / name).read_text()) for name in (f"{plans}.json", "dataset.json")]
+    contents = [json.loads((folder / name).read_text(encoding="utf-8")) for name in (f"{plans}.json", "dataset.json")]
     with pytest.raises(SystemExit) as error:
         FratMAEStagingTrainer(contents[0], configuration, 0, contents[1], torch.device("cpu"))
     assert "FratMAEStagingTrainer: error:" in str(error.value) and "\n" not in str(error.value)
@@ -591,7 +591,7 @@ def test_models_and_images_that_cannot_be_used_are_named(tmp_path):
     with pytest.raises(UserError, match="plans.json or dataset.json cannot be read"):
         predict_stage.read_model(tmp_path)
     for name in ("plans.json", "dataset.json"):
-        (tmp_path / name).write_text("{}")
+        (tmp_path / name).write_text("{}", encoding="utf-8")
     with pytest.raises(UserError, match="has no classifier"):
         predict_stage.read_model(tmp_path)
     with pytest.raises(UserError, match="no fold_X/checkpoint_final.pth"):

@@ -27,9 +27,9 @@ def trained_on_stock_plans(phantoms, pretraining) -> str:
     """Stock planning, untouched but for a short training."""
     phantoms.run("nnUNetv2_plan_and_preprocess -d 7 -c 3d_fullres -np 2 --verify_dataset_integrity")
     path = phantoms.preprocessed / "Dataset007_Phantom" / "nnUNetPlans.json"
-    plans = json.loads(path.read_text())
+    plans = json.loads(path.read_text(encoding="utf-8"))
     finetune = {"epochs": 1, "iterations": 2, "val_iterations": 1, "batch_size": 2, "patch": [16, 32, 48]}
-    path.write_text(json.dumps(plans | {"fratmae": {"finetune": finetune}}))
+    path.write_text(json.dumps(plans | {"fratmae": {"finetune": finetune}}), encoding="utf-8")
     return phantoms.run(STOCK, FRATMAE_PRETRAINED=str(pretraining))
 
 
@@ -41,7 +41,7 @@ def test_log_says_what_was_loaded(trained_on_ours):
 
 def test_stock_plans_follow_the_artefact_and_keep_their_axes(trained_on_stock_plans, phantoms):
     assert "0 missing, 0 left over" in trained_on_stock_plans
-    plans = json.loads((results(phantoms, "nnUNetPlans") / "plans.json").read_text())
+    plans = json.loads((results(phantoms, "nnUNetPlans") / "plans.json").read_text(encoding="utf-8"))
     config = plans["configurations"]["3d_fullres"]
     kwargs = config["architecture"]["arch_kwargs"]
     assert (kwargs["embed_dim"], kwargs["token_patch"], kwargs["patch_size"]) == (96, [8, 16, 16], [16, 32, 48])
@@ -87,7 +87,7 @@ def test_plans_move_to_another_dataset(phantoms, pretraining):
     for command in ("nnUNetv2_extract_fingerprint -d 8 -np 1", "nnUNetv2_plan_experiment -d 8", move,
                     "nnUNetv2_preprocess -d 8 -plans_name MovedPlans -c 3d_fullres -np 1"):  # fmt: skip
         phantoms.run(command)
-    source, moved = (json.loads((phantoms.preprocessed / path).read_text())
+    source, moved = (json.loads((phantoms.preprocessed / path).read_text(encoding="utf-8"))
                      for path in ("Dataset007_Phantom/FratMAEPlans.json", "Dataset008_Phantom/MovedPlans.json"))
     assert moved["fratmae"] == source["fratmae"] and moved["fratmae_chosen"] == source["fratmae_chosen"]
     fullres = "3d_fullres"
@@ -99,7 +99,9 @@ def test_plans_move_to_another_dataset(phantoms, pretraining):
     said = phantoms.run("fratmae_plan_and_preprocess -d 8 -plans_name MovedPlans -np 1")
     assert "MovedPlans.json" in said
     assert "nnUNetv2_train 8 3d_fullres all -tr FratMAETrainer -p MovedPlans" in said, "two cases are no five folds"
-    assert json.loads((phantoms.preprocessed / "Dataset008_Phantom/MovedPlans.json").read_text()) == moved
+    assert (
+        json.loads((phantoms.preprocessed / "Dataset008_Phantom/MovedPlans.json").read_text(encoding="utf-8")) == moved
+    )
     store = phantoms.preprocessed / "Dataset008_Phantom" / "MovedPlans_wholebody"
     volumes = [blosc2.open(str(path)).shape for path in store.glob("*.b2nd") if not path.stem.endswith("_seg")]
     assert volumes == [(2, *moved["fratmae"]["wholebody"]["grid"])] * 2
@@ -133,8 +135,8 @@ def test_unusable_artefacts_stop_the_training_in_one_line(phantoms, pretraining,
     weights.write_bytes(weights.read_bytes()[:1000_000])
     other = tmp_path / "other"
     shutil.copytree(pretraining, other)
-    contract = json.loads((other / "encoders.json").read_text())
-    (other / "encoders.json").write_text(json.dumps(contract | {"architecture": "PlainConvUNet"}))
+    contract = json.loads((other / "encoders.json").read_text(encoding="utf-8"))
+    (other / "encoders.json").write_text(json.dumps(contract | {"architecture": "PlainConvUNet"}), encoding="utf-8")
     for artefact, says in ((cut, "damaged or cut off"), (other, "no FratMAE encoder pair")):
         output = phantoms.run(OURS.replace(" 0 ", " 1 "), expect=1, FRATMAE_PRETRAINED=str(artefact))
         assert says in output.strip().splitlines()[-1] and "Traceback" not in output

@@ -45,7 +45,7 @@ def in_new_process(log: Path, environment: dict[str, str], function: Callable, *
     os.environ.update(environment)
     for name in [name for name, value in environment.items() if not value]:
         del os.environ[name]
-    sys.stdout = sys.stderr = log.open("w", buffering=1)
+    sys.stdout = sys.stderr = log.open("w", buffering=1, encoding="utf-8")
     for descriptor in 1, 2:
         os.dup2(sys.stdout.fileno(), descriptor)
     # nnU-Net's workers are forked too instead of spawned; that is safe only as long as torch has a single thread
@@ -94,7 +94,7 @@ class Desk(Workspace):
         """The output of a command line, which ends with the exit code `expect`."""
         process = self.start("command.log", variables, console, *command.split())
         process.join()
-        output = (self.folder / "command.log").read_text()
+        output = (self.folder / "command.log").read_text(encoding="utf-8")
         assert process.exitcode == expect, output[-4000:]
         return output
 
@@ -115,7 +115,7 @@ def same_segmentations(one: Path, other: Path) -> bool:
 
 def scores(folder: Path) -> list[list[int]]:
     """Voxels of each case that were found, invented, missed and rightly left out."""
-    summary = json.loads((folder / "summary.json").read_text())
+    summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
     return [[case["metrics"]["1"][name] for name in ("TP", "FP", "FN", "TN")] for case in summary["metric_per_case"]]
 
 
@@ -148,11 +148,11 @@ def other_plans(desk, request) -> str:
         desk.run("nnUNetv2_plan_experiment -d 7")
         desk.run("nnUNetv2_preprocess -d 7 -c 3d_fullres -np 1")
         finetune = {"epochs": 1, "iterations": 2, "val_iterations": 1, "batch_size": 2, "patch": [16, 32, 48]}
-        plans = json.loads(path.read_text()) | {"fratmae": {"finetune": finetune}}
+        plans = json.loads(path.read_text(encoding="utf-8")) | {"fratmae": {"finetune": finetune}}
     else:
-        plans = json.loads((folder / "FratMAEPlans.json").read_text()) | {"plans_name": request.param}
+        plans = json.loads((folder / "FratMAEPlans.json").read_text(encoding="utf-8")) | {"plans_name": request.param}
         plans["fratmae"]["finetune"]["from_scratch"] = True
-    path.write_text(json.dumps(plans))
+    path.write_text(json.dumps(plans), encoding="utf-8")
     for fold in " 0 ", " 1 ":
         desk.run(TRAIN.replace("FratMAEPlans", request.param).replace(" 0 ", fold) + " --npz",
                  FRATMAE_PRETRAINED=str(desk.pretraining))  # fmt: skip
@@ -228,7 +228,7 @@ def test_python_predicts_as_the_command_with_and_without_mirroring(desk, predict
     desk.run(f"{PREDICT} -i {desk.unseen} -o {tmp_path}/mirrored --save_probabilities")
     process = desk.start("python.log", {}, predict_in_python, desk.model, desk.unseen, tmp_path)
     process.join()
-    assert process.exitcode == 0, (desk.folder / "python.log").read_text()[-4000:]
+    assert process.exitcode == 0, (desk.folder / "python.log").read_text(encoding="utf-8")[-4000:]
     for mirroring, folder in enumerate((predicted, tmp_path / "mirrored")):
         by_command = np.load(folder / "phantom_000.npz")["probabilities"]
         for how in "files", "array":
@@ -274,7 +274,7 @@ def test_results_of_the_folds_are_put_together_and_evaluated(desk, tmp_path):
     labels = desk.raw / "Dataset007_Phantom" / "labelsTr"
     desk.run(f"nnUNetv2_evaluate_folder {labels} {tmp_path}/all -djfile {desk.model}/dataset.json "
              f"-pfile {desk.model}/plans.json -o {tmp_path}/again.json -np 1 --chill")  # fmt: skip
-    again = json.loads((tmp_path / "again.json").read_text())
+    again = json.loads((tmp_path / "again.json").read_text(encoding="utf-8"))
     for case in again["metric_per_case"]:
         name = Path(case["prediction_file"]).name
         truth, found = segmentation(labels / name) == 1, segmentation(tmp_path / "all" / name) == 1
@@ -291,7 +291,7 @@ def test_the_best_configuration_is_found_and_its_instructions_work(desk, other_p
     dataset = desk.model.parent
     (ensemble,) = (dataset / "ensembles").glob(f"*{other_plans}*")
     assert len(scores(ensemble)) == 2
-    instructions = (dataset / "inference_instructions.txt").read_text()
+    instructions = (dataset / "inference_instructions.txt").read_text(encoding="utf-8")
     commands = [line for line in instructions.splitlines() if line.startswith("nnUNetv2_")]
     assert commands[-1].startswith("nnUNetv2_apply_postprocessing")
     for command in commands:
@@ -361,7 +361,7 @@ def test_two_processes_train_as_one_with_the_joint_batch(desk, tmp_path):
     processes = [desk.start(f"{rank}.log", variables, train_one_of_two, rank, tmp_path) for rank in range(2)]
     for rank, process in enumerate(processes):
         process.join()
-        assert process.exitcode == 0, (desk.folder / f"{rank}.log").read_text()[-4000:]
+        assert process.exitcode == 0, (desk.folder / f"{rank}.log").read_text(encoding="utf-8")[-4000:]
     fold = desk.model / "fold_2"
     assert len(scores(fold / "validation")) == len(list((fold / "validation").glob("*.npz"))) == 1
     saved = torch.load(fold / "checkpoint_final.pth", weights_only=False)["network_weights"]
@@ -378,7 +378,9 @@ def test_two_processes_train_as_one_with_the_joint_batch(desk, tmp_path):
 def one_process(desk: Desk, weights: dict, batch: dict) -> dict[str, torch.Tensor]:
     """Gradients, clipped as nnU-Net clips them, of a step of stock training on `batch`."""
     folder = desk.preprocessed / "Dataset007_Phantom"
-    plans, dataset_json = (json.loads((folder / name).read_text()) for name in ("FratMAEPlans.json", "dataset.json"))
+    plans, dataset_json = (
+        json.loads((folder / name).read_text(encoding="utf-8")) for name in ("FratMAEPlans.json", "dataset.json")
+    )
     plans["fratmae"]["finetune"]["from_scratch"] = True
     with mock.patch.dict(os.environ, desk.variables | {"nnUNet_results": str(desk.folder / "one")}):
         trainer = FratMAETrainer(plans, "3d_fullres", 2, dataset_json, torch.device("cpu"))
@@ -395,10 +397,10 @@ def one_process(desk: Desk, weights: dict, batch: dict) -> dict[str, torch.Tenso
 @pytest.fixture(scope="module")
 def staged(desk) -> Path:
     folder = desk.preprocessed / "Dataset007_Phantom"
-    plans = json.loads((folder / "FratMAEPlans.json").read_text())
+    plans = json.loads((folder / "FratMAEPlans.json").read_text(encoding="utf-8"))
     plans["plans_name"] = "TracerPlans"
     plans["fratmae"]["staging"] |= {"target": "tracer", "epochs": 2, "workers": 0}
-    (folder / "TracerPlans.json").write_text(json.dumps(plans))
+    (folder / "TracerPlans.json").write_text(json.dumps(plans), encoding="utf-8")
     desk.run(f"nnUNetv2_train 7 wholebody 0 {STAGING} -device cpu")
     return desk.results / "Dataset007_Phantom" / "FratMAEStagingTrainer__TracerPlans__wholebody"
 
@@ -418,5 +420,5 @@ def test_a_staging_model_travels_in_a_zip(staged, desk, tmp_path):
     for number, model in enumerate((staged, tmp_path / "there" / staged.relative_to(desk.results))):
         desk.run(f"fratmae_predict_stage -i {desk.unseen} -o {tmp_path}/{number} -m {model} -device cpu --no_pictures",
                  **there)  # fmt: skip
-        tables.append((tmp_path / str(number) / "stages.csv").read_text())
+        tables.append((tmp_path / str(number) / "stages.csv").read_text(encoding="utf-8"))
     assert tables[0] == tables[1] and len(tables[0].splitlines()) == 2

@@ -336,7 +336,7 @@ def test_overrides_file(tmp_path):
     injection = datetime(2021, 3, 4, 12, 15)
     assert read_overrides(path) == {"A": SuvOverride(70.5, 350e6, injection, None),
                                     "B": SuvOverride(None, None, injection, 6586.2)}  # fmt: skip
-    path.write_text("case_id,dose_bq\nA,3.5e8\n")
+    path.write_text("case_id,dose_bq\nA,3.5e8\n", encoding="utf-8")
     assert read_overrides(path) == {"A": SuvOverride(dose_bq=350e6)}
 
 
@@ -358,7 +358,7 @@ def test_overrides_file(tmp_path):
 )
 def test_bad_overrides_file(tmp_path, text, message):
     path = tmp_path / "suv.csv"
-    path.write_text(text)
+    path.write_text(text, encoding="utf-8")
     with pytest.raises(UserError) as error:
         read_overrides(path)
     assert message in str(error.value) and str(path) in str(error.value)

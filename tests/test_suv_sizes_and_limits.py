@@ -219,14 +219,14 @@ def test_two_injections(other, named):
 
 def test_the_reference_time_of_the_user(tmp_path):
     path = tmp_path / "suv.csv"
-    path.write_text("case_id,decay_reference_datetime\nA,2021-03-04 13:05:00\n")
+    path.write_text("case_id,decay_reference_datetime\nA,2021-03-04 13:05:00\n", encoding="utf-8")
     override = read_overrides(path)["A"]
     assert override == SuvOverride(decay_reference=datetime(2021, 3, 4, 13, 5))
     assert one(override)[0] == pytest.approx(factor(3000), rel=1e-9)
     assert one(override, SeriesTime="000000", AcquisitionTime="000000")[0] == pytest.approx(factor(3000), rel=1e-9)
     code, message = refusal(SuvOverride(decay_reference=datetime(2021, 3, 4, 12, 0)))
     assert code == "SUV_INJECTION_AFTER_SCAN" and "puts the injection 0.2 h after it" in message
-    path.write_text("case_id,decay_reference_datetime\nA,noon\n")
+    path.write_text("case_id,decay_reference_datetime\nA,noon\n", encoding="utf-8")
     with pytest.raises(UserError, match="decay_reference_datetime is not like 2021-03-04"):
         read_overrides(path)
 

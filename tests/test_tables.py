@@ -70,7 +70,9 @@ def test_ages_that_are_no_numbers(tmp_path, age):
 def test_formulas_are_inert_in_clinical_csv_and_come_back(tmp_path):
     record = ClinicalRecord("=1+1", "@SUM(A1)", "+cmd|' /C calc'!A0", 61.0)
     write_clinical(tmp_path / "c.csv", [record])
-    assert (tmp_path / "c.csv").read_text().splitlines()[1] == "'=1+1,'@SUM(A1),'+cmd|' /C calc'!A0,61,,"
+    assert (tmp_path / "c.csv").read_text(encoding="utf-8").splitlines()[
+        1
+    ] == "'=1+1,'@SUM(A1),'+cmd|' /C calc'!A0,61,,"
     assert read_clinical(tmp_path / "c.csv") == {"=1+1": record}
     book = openpyxl.Workbook()  # as if opened and saved as xlsx: the apostrophes are text there
     for row in (["case_id", "diagnosis"], ["'=1+1", "'-x"]):

@@ -131,14 +131,14 @@ def test_folder_of_open_clip(tmp_path):
     folder = tmp_path / "my_clip"
     folder.mkdir()
     assert "neither" in refusal(str(folder), None)
-    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": TINY}))
+    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": TINY}), encoding="utf-8")
     assert "no weights" in refusal(str(folder), None)
     _saved(model.state_dict(), folder / "open_clip_pytorch_model.bin")
     for name in (str(folder), f"local-dir:{folder}"):
         tower = load_tower(name, None)
         assert (tower.name, tower.dim) == ("my_clip", 24)
     assert "weights of its own" in refusal(str(folder), "openai")
-    (folder / "open_clip_config.json").write_text("{}")
+    (folder / "open_clip_config.json").write_text("{}", encoding="utf-8")
     assert "model_cfg" in refusal(str(folder), None)
 
 
@@ -194,7 +194,7 @@ def test_quickgelu(tmp_path, monkeypatch):
 @pytest.mark.parametrize("name, value", [("layers", 10**9), ("width", -3), ("vocab_size", 2**40), ("heads", "8")])
 def test_a_tower_of_no_size_is_refused_before_it_is_built(tmp_path, name, value):
     config = TINY | {"text_cfg": TINY["text_cfg"] | {name: value}}
-    (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": config}))
+    (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": config}), encoding="utf-8")
     _saved({}, tmp_path / "open_clip_pytorch_model.bin")
     assert f"has {name} {value}" in refusal(str(tmp_path), None)
 
@@ -220,7 +220,7 @@ def test_the_cache_is_enough(no_hub, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "REACH_SECONDS", 0.1)
     model = clip("tiny")
     folder = _cached(tmp_path / "cache", "org/tiny_clip")
-    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": TINY}))
+    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": TINY}), encoding="utf-8")
     save_file(model.state_dict(), folder / "open_clip_model.safetensors")
     assert load_tower("hf-hub:org/tiny_clip", None).name == "hf-hub:org/tiny_clip"
     assert load_tower("org/tiny_clip", None).dim == 24
@@ -236,7 +236,7 @@ def test_the_cache_is_enough(no_hub, tmp_path, monkeypatch):
 
 
 def test_transformers_is_asked_for(tmp_path, monkeypatch):
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert"}))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert"}), encoding="utf-8")
     monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: None)
     assert "pip install transformers" in refusal(str(tmp_path), None)
 
@@ -250,7 +250,7 @@ def test_folder_of_a_bert(tmp_path):
     bert.save_pretrained(folder)
     assert "no tokenizer" in refusal(str(folder), None)
     letters = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "<", ">", "age", "sex", "m", "f"]
-    (folder / "vocab.txt").write_text("\n".join([*letters, *map(str, range(60, 79))]))
+    (folder / "vocab.txt").write_text("\n".join([*letters, *map(str, range(60, 79))]), encoding="utf-8")
     transformers.BertTokenizerFast.from_pretrained(folder).save_pretrained(folder)
     tower = load_tower(str(folder), None)
     assert (tower.name, tower.dim) == ("tiny_bert", 24)
@@ -261,12 +261,12 @@ def test_folder_of_a_bert(tmp_path):
     tower.encode(["<age> 61"]).sum().backward()
     assert all(p.grad is not None for p in tower.parameters())  # DDP waits for every one of them
 
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 3}))
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 3}), encoding="utf-8")
     assert "are missing" in refusal(str(folder), None)
-    (folder / "config.json").write_text(json.dumps(config | {"model_type": "t5"}))
+    (folder / "config.json").write_text(json.dumps(config | {"model_type": "t5"}), encoding="utf-8")
     assert "'t5'" in refusal(str(folder), None)
-    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
     weights = folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:5000])
     assert "cannot be read" in refusal(str(folder), None)
@@ -295,7 +295,7 @@ def _cached(cache: Path, repository: str) -> Path:
     """The folder of a repository's only version in the hub's cache."""
     home = cache / f"models--{repository.replace('/', '--')}"
     (home / "refs").mkdir(parents=True)
-    (home / "refs" / "main").write_text("0" * 40)
+    (home / "refs" / "main").write_text("0" * 40, encoding="utf-8")
     folder = home / "snapshots" / ("0" * 40)
     folder.mkdir(parents=True)
     return folder

@@ -100,8 +100,8 @@ def test_padding_is_air_without_uptake():
 def test_store_of_the_phantoms(phantoms):
     """Every study is there, on the grid, in pretraining units, and the axes are H W D = AP LR SI."""
     preprocessed = phantoms.preprocessed / "Dataset007_Phantom"
-    plans = json.loads((preprocessed / "FratMAEPlans.json").read_text())
-    cases = list_cases(preprocessed, plans, json.loads((preprocessed / "dataset.json").read_text()))
+    plans = json.loads((preprocessed / "FratMAEPlans.json").read_text(encoding="utf-8"))
+    cases = list_cases(preprocessed, plans, json.loads((preprocessed / "dataset.json").read_text(encoding="utf-8")))
     assert len(cases) == 6
     volume = blosc2.open(str(cases[0].path))
     assert volume.shape == (2, 32, 48, 64) and volume.chunks == (1, 1, 48, 64) and volume.dtype == np.float16

@@ -103,7 +103,7 @@ def alone_in(folder: Path) -> Iterator[None]:
     """
     with writing_to(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        file = (folder / LOCK_NAME).open("a")
+        file = (folder / LOCK_NAME).open("a", encoding="utf-8")
     with file:
         if os.name == "posix":
             import fcntl

@@ -17,15 +17,15 @@ def free_memory(proc: Path = Path("/proc/meminfo"), cgroup: Path = Path("/sys/fs
     (not Linux)."""
     found = []
     try:
-        lines = dict(line.split(":", 1) for line in proc.read_text().splitlines())
+        lines = dict(line.split(":", 1) for line in proc.read_text(encoding="utf-8").splitlines())
         found.append(int(lines["MemAvailable"].split()[0]) * 1024)
     except (OSError, KeyError, ValueError):
         pass
     for limit, used, stat, cache in _CGROUPS:
         try:
-            most = int((cgroup / limit).read_text())  # "max" where there is no limit
-            caches = dict(line.split() for line in (cgroup / stat).read_text().splitlines())
-            found.append(max(0, most - int((cgroup / used).read_text()) + int(caches.get(cache, 0))))
+            most = int((cgroup / limit).read_text(encoding="utf-8"))  # "max" where there is no limit
+            caches = dict(line.split() for line in (cgroup / stat).read_text(encoding="utf-8").splitlines())
+            found.append(max(0, most - int((cgroup / used).read_text(encoding="utf-8")) + int(caches.get(cache, 0))))
         except (OSError, ValueError):
             continue
     return min(found, default=None)
