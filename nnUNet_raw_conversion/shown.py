@@ -7,13 +7,17 @@ the patient of a header is called by.
 
 from __future__ import annotations
 
+import ast
+import functools
 import re
 import unicodedata
 import warnings
 from collections.abc import Iterable
+from pathlib import Path
 
 from pydicom import Dataset
 
+from nnunet_fratmae.base import command
 from nnUNet_raw_conversion.vocabulary import ALSO_NAMES, IMAGING, folded, known_parts, repaired
 
 HIDDEN = "…"
@@ -100,15 +104,30 @@ def secrets_of(headers: Iterable[Dataset]) -> frozenset[str]:
 
 
 def without_secrets(message: str, secrets: frozenset[str]) -> str:
-    """A message of ours with what must never be in one taken out: dates, UIDs, and words of `secrets` that are no
-    words of the vocabulary. Header text is made safe where it enters a message, by `shown_text`; this is the net below.
+    """A message of ours with what must never be in one taken out: dates, UIDs, and words of `secrets` that are neither
+    words of the vocabulary nor of our own messages. Header text is made safe where it enters a message, by
+    `shown_text`; this is the net below.
     """
 
     def hide(match: re.Match) -> str:
         long = len(match[0]) > (5 if match[0].isdigit() else _LEAST_SECRET)  # shorter numbers are our figures
-        return HIDDEN if long and folded(match[0]) & secrets and not known_parts(match[0]) else match[0]
+        is_secret = long and folded(match[0]) & secrets and not known_parts(match[0])
+        return HIDDEN if is_secret and not folded(match[0]) & own_words() else match[0]
 
     return re.sub(r"[^\W_]+", hide, _UID_OR_DATE.sub(HIDDEN, message))
+
+
+@functools.cache
+def own_words() -> frozenset[str]:
+    """The words of the texts in our own sources, of which messages are made; a patient may be called by one of them."""
+    found: set[str] = set()
+    for package in (Path(__file__).parent, Path(command.__file__).parent):
+        for file in package.rglob("*.py"):
+            nodes = list(ast.walk(ast.parse(file.read_text(encoding="utf-8"))))
+            comments = {id(node.value) for node in nodes if isinstance(node, ast.Expr)}
+            texts = (node.value for node in nodes if isinstance(node, ast.Constant) and id(node) not in comments)
+            found.update(word for text in texts if isinstance(text, str) for word in _words(text))
+    return frozenset(found)
 
 
 _UID_OR_DATE = re.compile(

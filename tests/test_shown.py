@@ -113,3 +113,13 @@ def test_diagnoses_are_shown_in_known_words(text, shown, shortened):
 
 def test_a_diagnosis_does_not_show_whom_it_is_called_after():
     assert known_diagnosis("Richter transformation of CLL", frozenset({"cll"})) == (None, True)
+
+
+@pytest.mark.parametrize("name", ["times", "Weight^Missing", "Series", "Injection", "Override^Give"])
+def test_a_patient_may_be_called_by_a_word_of_ours(name):
+    """A patient or a folder may be called by a word of our messages."""
+    message = ("PET: several injections, which differ in their times; weight is missing, give weight_kg with "
+               "--suv-override for the series")  # fmt: skip
+    secrets = secrets_of([header(**PERSON | {"PatientName": name, "PatientID": f"two_{name}_Kettler"})])
+    assert without_secrets(message, secrets) == message
+    assert "Kettler" not in without_secrets(f"{message}: Kettler", secrets)
