@@ -16,7 +16,8 @@ from tests.dicom_files import code
     "Liver met 2", "Lymphknoten axillär links", "métastase hépatique", "lésion osseuse", "lesione ossea",
     "Rundherd OL re", "ganglio axilar", "Lebermetastase", "Liver-Met 2", "GTV-Lung", "GTV ohne Luft", "GTVLee",
     "GTVMUELLER", "GTV李", "Target lesion 1", "iGTV", "lesão hepática",
-    "uitzaaiing lever", "adénopathie médiastinale", "Lymph node 4R", "GTVp 70 Gy", "GTV60Gy", "LK axillär sin",
+    "uitzaaiing lever", "adénopathie médiastinale", "Lymph node 4R", "GTVp 70 Gy",
+    "GTVp+GTVn", "lesion with necrosis", "lesion in liver", "bone met L3", "GTV60Gy", "LK axillär sin",
     "Lymphom iliaca com sin 2", "Lokalrezidiv", "Tu rechts", "Rektumkarzinom", "Spleen involvement", "soft tissue mass",
     "LN neck II left", "ganglion cervical",
 ])  # fmt: skip
@@ -48,7 +49,7 @@ LANGUAGES = """Rechte Niere|NiereRechts|Leber|Milz|Harnblase|Körper|rein gauche
 riñón derecho|vejiga|fegato|rene destro|vescica|lever|rechter nier|blaas|fígado|rim esquerdo|coração"""
 PLANNING = """PTV60|PTV_50Gy|CTVn|zPTV_opt|ITV1|ring 2cm|CouchSurface|Bolus|95%|105 %|isodose 40|GTV_Edema
 PRV cord|avoid_bowel|Organ Müßiggang|OAR_x|BrainStem|Aorta asc|GTV+5mm|GTV_N + 1 cm|Dose 50Gy
-Lungs – GTV|Liver w/o GTV|Plexus brachialis li"""
+Lungs – GTV|Liver w/o GTV|Lungs_sub_GTV|Plexus brachialis li"""
 
 
 @pytest.mark.parametrize("names", [PEDIATRIC_CT_SEG, TOTALSEGMENTATOR, TG263, REFERENCES, LANGUAGES, PLANNING])
@@ -62,6 +63,7 @@ def test_names_that_are_no_lesions(names):
     "reference lesion", "Lung free of tumor", "nicht maligne LK", "reactive LN", "LN neg", "elective nodes",
     "Liver incl. GTV", "GTV margin", "Tumor Rand 5mm", "Tumor bed", "bounding box tumor", "lesion excluded",
     "LN_Neck_II_L", "LN_Ax_L1_R", "AV node", "Ganglion coeliacum", "stellate ganglion", "muscle mass",
+    "Liver with lesions", "Leber mit Metastasen", "foie avec lésions", "Lung+GTV", "liver con metastasi",
 ])  # fmt: skip
 def test_names_that_only_a_person_can_tell(name):
     assert kind_of(name) is Kind.UNKNOWN

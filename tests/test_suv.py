@@ -379,9 +379,9 @@ def test_overrides_in_a_spreadsheet(tmp_path):
         "A": SuvOverride(70.5, 350e6, datetime(2021, 3, 4, 12, 15)), "B": SuvOverride(70.5)}  # fmt: skip
 
 
-def test_a_weight_with_a_comma_is_missing(tmp_path):
+def test_a_weight_with_a_comma_is_no_number(tmp_path):
     """Its value is against its type (DS), which pydicom says only when it is asked for."""
     file = write_pet(tmp_path, shape=(3, 6, 7), PatientWeight="70.25")[0]
     file.write_bytes(file.read_bytes().replace(b"70.25", b"70,25"))
-    with pytest.raises(UserError, match="PatientWeight .* is missing or 0"):
+    with pytest.raises(UserError, match="PatientWeight .* is no number"):
         suv_factors([pydicom.dcmread(file)])

@@ -11,6 +11,8 @@ import numpy as np
 import pydicom
 import pytest
 import SimpleITK as sitk
+from pydicom.dataelem import RawDataElement
+from pydicom.tag import Tag
 
 from nnunet_fratmae.base.command import UserError
 from nnUNet_raw_conversion.dicom import body_size
@@ -93,7 +95,7 @@ def test_the_forms_of_james_are_told_apart():
         ({"SUVType": "LBM", "PatientSex": "F"}, "SUV_HEIGHT", "PatientSize (0010,1020)"),
         ({"SUVType": "LBM", "PatientSex": "F", "PatientSize": 17.5}, "SUV_HEIGHT", "is 17.5 m"),
         ({"SUVType": "LBM", "PatientSex": "F", "PatientSize": 1.75, "PatientWeight": None}, "SUV_WEIGHT_MISSING", ""),
-        ({"SUVType": "LBMX", "PatientSex": "F", "PatientSize": 1.75}, "SUV_UNITS", "LBMX"),
+        ({"SUVType": "LBMX", "PatientSex": "F", "PatientSize": 1.75}, "SUV_UNITS", "that is not known here"),
         ({"SUVType": "BSA", "PatientSize": 1.75}, "SUV_UNITS", "SUVType (0054,1006)"),
         ({"Units": "CM2ML", "SUVType": "BW"}, "SUV_UNITS", "SUVType (0054,1006)"),
     ],
@@ -101,6 +103,28 @@ def test_the_forms_of_james_are_told_apart():
 def test_sizes_that_are_refused(tags, code, field):
     found, message = refusal(**{"Units": "GML"} | tags)
     assert found == code and field in message
+
+
+@pytest.mark.parametrize(
+    ("keyword", "code", "column"),
+    [
+        ("PatientWeight", "SUV_WEIGHT_MISSING", "weight_kg"),
+        ("RadionuclideTotalDose", "SUV_DOSE_MISSING", "dose_bq"),
+        ("RadionuclideHalfLife", "SUV_HALF_LIFE", "half_life_s"),
+    ],
+)
+def test_what_is_no_number_is_not_said_to_be_missing(keyword, code, column):
+    """As scanners in Europe may write it, against the type of the field."""
+    for value, said in ((b"70,5 ", "is no number"), (b"", "is missing or 0"), (None, "is missing or 0")):
+        one_header = header()
+        item = one_header if keyword in one_header else one_header.RadiopharmaceuticalInformationSequence[0]
+        del item[keyword]
+        if value is not None:
+            tag = Tag(keyword)
+            item[tag] = RawDataElement(tag, "DS", len(value), value, 0, False, True)
+        with pytest.raises(UserError, match=f"{keyword} .*{said}; give {column} with --suv-override") as found:
+            suv_factors([one_header])
+        assert found.value.code == code
 
 
 @pytest.mark.parametrize("half_life", [6586.2, 4057.7, 1221.8])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pydicom
 
 from nnunet_fratmae.base.command import UserError
-from nnUNet_raw_conversion.dicom.fields import field_name, number_of, text_of
+from nnUNet_raw_conversion.dicom.fields import field_name, no_number, number_of, shown_code, text_of
 
 HEIGHTS_M = (0.4, 2.5)
 HEIGHTS_CM = (100, 250)  # nobody is 100 m tall
@@ -54,14 +54,15 @@ def factor_to_body_weight(header: pydicom.Dataset, weight: float, notes: list[st
     if kind == "BW" and units == "GML":
         return 1.0
     if (kind == "BSA") != (units == "CM2ML"):
-        raise UserError(f"PET: {field_name('Units')} is {units}, but {field_name('SUVType')} is {kind}; export it in "
-                        "Bq/ml or as SUVbw", "SUV_UNITS")  # fmt: skip
+        raise UserError(f"PET: {field_name('Units')} is {units}, but {field_name('SUVType')} is {shown_code(kind)}; "
+                        "export it in Bq/ml or as SUVbw", "SUV_UNITS")  # fmt: skip
     if kind not in (*JAMES_MEN, "LBMJANMA", "IBW", "BSA"):
-        raise UserError(f"PET: is SUV by {kind}, not by body weight ({field_name('SUVType')}), and {kind} is not known "
-                        "here; export it in Bq/ml or as SUVbw", "SUV_UNITS")  # fmt: skip
+        raise UserError(f"PET: is SUV by {shown_code(kind)}, not by body weight ({field_name('SUVType')}), and that "
+                        "is not known here; export it in Bq/ml or as SUVbw", "SUV_UNITS")  # fmt: skip
     sex, height = text_of(header, "PatientSex").upper(), _height_m(header, kind, notes)
     if kind != "BSA" and sex not in (("M", "F", "O") if kind == "IBW" else ("M", "F")):
-        raise _needs(kind, "PatientSex", f"is {sex}, not M or F" if sex else "is missing", "SUV_SEX_MISSING")
+        what = f"is {shown_code(sex)}, not M or F" if sex else "is missing"
+        raise _needs(kind, "PatientSex", what, "SUV_SEX_MISSING")
     if kind == "BSA":
         size = body_surface(weight, height) / 1000
     elif kind == "IBW":
@@ -86,7 +87,8 @@ def _height_m(header: pydicom.Dataset, kind: str, notes: list[str]) -> float:
         notes.append(f"{field_name('PatientSize')} is {height:g}, read as cm")
         height /= 100
     if not HEIGHTS_M[0] <= height <= HEIGHTS_M[1]:
-        raise _needs(kind, "PatientSize", f"is {height:g} m" if height else "is missing or 0", "SUV_HEIGHT")
+        raise _needs(kind, "PatientSize", f"is {height:g} m" if height else no_number(header, "PatientSize"),
+                     "SUV_HEIGHT")  # fmt: skip
     return height
 
 

@@ -9,6 +9,15 @@ import numpy as np
 import pydicom
 from pydicom.tag import Tag
 
+from nnUNet_raw_conversion.shown import shown_text
+
+# Units (PS3.3 C.8.9.1.1.3), DecayCorrection, SUVType, PatientSex
+TERMS = frozenset((
+    "CNTS", "NONE", "CM2", "CM2ML", "PCNT", "CPS", "BQML", "MGMINML", "UMOLMINML", "MLMING", "MLG", "1CM", "UMOLML",
+    "PROPCNTS", "PROPCPS", "MLMINML", "MLML", "GML", "STDDEV", "START", "ADMIN", "BW", "LBM", "LBMJAMES128", "LBMJANMA",
+    "IBW", "BSA", "M", "F", "O", "W",
+))  # fmt: skip
+
 
 def text_of(item: pydicom.Dataset, keyword: str) -> str:
     """The value as text, "" where the field is missing, empty or against its type (a weight of "70,5 kg")."""
@@ -26,6 +35,21 @@ def number_of(item: pydicom.Dataset, keyword: str) -> float | None:
     except ValueError:
         return None
     return value if np.isfinite(value) else None
+
+
+def no_number(item: pydicom.Dataset, keyword: str) -> str:
+    """What to say of a field that `number_of` finds no number above 0 in."""
+    try:
+        element = item.get_item(keyword)
+    except (ValueError, TypeError, KeyError):
+        element = None
+    is_there = element is not None and bool(str(plain_text(element.value or "")).strip())
+    return "is no number" if is_there and number_of(item, keyword) is None else "is missing or 0"
+
+
+def shown_code(value: str) -> str:
+    """A code of a header as a message may quote it: terms of the standard as they are, anything else as free text."""
+    return value if value.upper() in TERMS else shown_text(value) or "missing"
 
 
 def field_name(keyword: str) -> str:

@@ -63,8 +63,10 @@ _ALSO_NORMAL = re.compile(
 # "Lungs-GTV" is TG-263's name of the lungs without the tumour; "Lung minus lesion", "Leber ohne Herd"
 _WITHOUT = re.compile(
     r"^(.*?[^\W_])(?:\s*[-–−]\s*(?=[pci]?gtv|[pci]tv)"
-    r"|[\W_]*(?:minus|without|ohne|excl\w*|sans|sin|senza)[\W_]|[\W_]+w/o?[\W_])", re.I
+    r"|[\W_]*(?:minus|without|ohne|excl\w*|sans|sin|senza)[\W_]|[\W_]+w/o[\W_]|[\W_]+sub[\W_]*(?=[pci]?gtv))", re.I
 )  # fmt: skip
+# "Liver with lesions", "Leber mit Metastasen", "Lung+GTV": the organ and what is in it
+_WITH = re.compile(r"^(.*?[^\W_])(?:[\W_]+(?:with|mit|samt|avec|con|com|w)[\W_]+|[ _]*[+][ _]*)(.+)$", re.I)
 _SINISTER = re.compile(r"(?<![^\W\d_])sin(?=[\W\d_]*$)", re.I)  # at the end it is no Spanish "without": LK axilla sin
 _SAID_ORGANS = frozenset(("organ", "organs", "oar", "oars"))  # "OAR x": whatever the organ is
 _GTV = re.compile(r"(?<![a-z])i?gtv", re.IGNORECASE)  # also run together with what follows: GTVnode, GTVLungL
@@ -177,6 +179,8 @@ def _kind_of_name(name: str) -> Kind:
         return Kind.NONE
     if match := _WITHOUT.match(name):
         return _kind_of_name(match[1])
+    if (match := _WITH.match(name)) and _kind_of_name(match[1]) is Kind.NONE is not _kind_of_name(match[2]):
+        return Kind.UNKNOWN
     words, unknown = [], False
     for word in re.findall(r"[^\W\d_]+", spaced):
         parts = known_parts(word)

@@ -26,7 +26,16 @@ from nnUNet_raw_conversion.dicom.decay import (
     series_time,
     span,
 )
-from nnUNet_raw_conversion.dicom.fields import field_name, number_of, parse_time, plain_text, private_value, text_of
+from nnUNet_raw_conversion.dicom.fields import (
+    field_name,
+    no_number,
+    number_of,
+    parse_time,
+    plain_text,
+    private_value,
+    shown_code,
+    text_of,
+)
 from nnUNet_raw_conversion.dicom.index import Series
 from nnUNet_raw_conversion.dicom.injection import (
     START_DATETIME,
@@ -109,7 +118,7 @@ def suv_factors(headers: list[pydicom.Dataset], override: SuvOverride | None = N
     elif units == "BQML":
         scale = np.ones(len(headers))
     else:
-        raise UserError(f"PET: {field_name('Units')} is {units or 'missing'}; export the PET in Bq/ml or as SUVbw",
+        raise UserError(f"PET: {field_name('Units')} is {shown_code(units)}; export the PET in Bq/ml or as SUVbw",
                         "SUV_UNITS")  # fmt: skip
     weight = _weight_g(header, override)
     drug = _radiopharmaceutical(headers, override)
@@ -145,7 +154,7 @@ def _check_attenuation(header: pydicom.Dataset, notes: list[str]) -> None:
 def _weight_g(header: pydicom.Dataset, override: SuvOverride) -> float:
     weight = override.weight_kg if override.weight_kg is not None else number_of(header, "PatientWeight")
     if not weight:
-        raise UserError(_missing("PatientWeight", "weight_kg"), "SUV_WEIGHT_MISSING")
+        raise UserError(_missing(header, "PatientWeight", "weight_kg"), "SUV_WEIGHT_MISSING")
     low, high = WEIGHTS_KG
     if not low <= weight <= high:  # grams, pounds, a typing error: not for us to guess
         raise UserError(f"PET: {field_name('PatientWeight')} is {weight:g} kg, which cannot be; give weight_kg with "
@@ -195,7 +204,7 @@ def _check_one_injection(items: list[pydicom.Dataset], override: SuvOverride) ->
 def _dose_bq(drug: pydicom.Dataset, override: SuvOverride, notes: list[str]) -> float:
     dose = override.dose_bq if override.dose_bq is not None else number_of(drug, "RadionuclideTotalDose")
     if not dose:
-        raise UserError(_missing("RadionuclideTotalDose", "dose_bq"), "SUV_DOSE_MISSING")
+        raise UserError(_missing(drug, "RadionuclideTotalDose", "dose_bq"), "SUV_DOSE_MISSING")
     if override.dose_bq is None and MBQ[0] <= dose < MBQ[1]:
         notes.append(f"{field_name('RadionuclideTotalDose')} is {dose:g}, read as MBq")
         dose *= 1e6
@@ -219,8 +228,8 @@ def _dose_left(
         notes.append("decay-corrected to the injection (ADMIN)")
         return np.ones(len(headers))
     if correction not in ("START", "NONE"):
-        raise UserError(f"PET: {field_name('DecayCorrection')} is {correction or 'missing'}, not START, ADMIN "
-                        "or NONE, so the time to which it is decay-corrected is unknown; export it again",
+        raise UserError(f"PET: {field_name('DecayCorrection')} is {shown_code(correction)}, not START, "
+                        "ADMIN or NONE, so the time to which it is decay-corrected is unknown; export it again",
                         "SUV_DECAY_CORRECTION")  # fmt: skip
     half_life = _half_life_s(drug, override, notes)
     acquired = acquisition_times(headers)
@@ -264,7 +273,7 @@ def _half_life_s(drug: pydicom.Dataset, override: SuvOverride, notes: list[str])
     name = field_name("RadionuclideHalfLife")
     if not stated:
         if known is None:
-            raise UserError(_missing("RadionuclideHalfLife", "half_life_s"), "SUV_HALF_LIFE")
+            raise UserError(_missing(drug, "RadionuclideHalfLife", "half_life_s"), "SUV_HALF_LIFE")
         notes.append(f"{name} is missing, {known:g} s of {nuclide} taken")
         return known
     if known is not None and abs(60 * stated / known - 1) < HALF_LIFE_TOLERANCE:
@@ -344,5 +353,5 @@ def _private(headers: list[pydicom.Dataset], element: int) -> np.ndarray:
     return np.array(values)
 
 
-def _missing(keyword: str, column: str) -> str:
-    return f"PET: {field_name(keyword)} is missing or 0; give {column} with --suv-override"
+def _missing(item: pydicom.Dataset, keyword: str, column: str) -> str:
+    return f"PET: {field_name(keyword)} {no_number(item, keyword)}; give {column} with --suv-override"
