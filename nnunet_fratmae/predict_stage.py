@@ -59,7 +59,7 @@ def _run(args: argparse.Namespace) -> None:
 
     # Here and not above: they import torch and ITK, which takes seconds, and an error above should not
     from plans.inputs import check_study
-    from plans.wholebody import read_study
+    from plans.store import read_study
 
     check_device(args.device)
     networks = [load_network(plans, dataset_json, path).to(args.device) for path in checkpoints]

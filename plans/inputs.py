@@ -21,7 +21,7 @@ from plans.extension import channel_modalities
 from plans.units import MODALITIES, PRETRAINING_UNITS
 
 Studies = Mapping[str, tuple[list[str], str | None]]
-"""Images and label file (None: there is none) by case id, as `plans.wholebody.list_studies` gives them."""
+"""Images and label file (None: there is none) by case id, as `plans.store.list_raw_studies` gives them."""
 # Codes of refusals of ITK's reader, and of what is no NIfTI: nnU-Net has other readers (NibabelIO, Tiff3DIO) for these
 OTHER_READERS = ("NIFTI_2", "NIFTI_SHEARED", "IMAGE_FORMAT")
 NAMED = 3  # cases that a message names

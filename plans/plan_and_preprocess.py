@@ -193,9 +193,9 @@ def _open(raw: Path, processes: int) -> tuple[dict[str, Any], Studies]:
 
     from plans.dataset_checks import check_studies
     from plans.inputs import check_dataset_images
-    from plans.wholebody import list_studies
+    from plans.store import list_raw_studies
 
-    studies = list_studies(raw, dataset_json)
+    studies = list_raw_studies(raw, dataset_json)
     if not studies:
         raise UserError(f"{raw}: no studies in imagesTr or imagesPt; convert the studies first (fratmae_convert_pairs)")
     for folder in (raw, nnunet_folder("nnUNet_preprocessed") / raw.name):
@@ -220,7 +220,7 @@ def preprocess(
     """
     from nnunetv2.experiment_planning.plan_and_preprocess_api import extract_fingerprint_dataset, preprocess_dataset
 
-    from plans.wholebody import check_preprocessed, write_store
+    from plans.store import check_preprocessed, write_store
 
     labelled = count_labelled(studies)
     preprocessed, dataset_id = nnunet_folder("nnUNet_preprocessed") / raw.name, dataset_number(raw.name)

@@ -27,8 +27,9 @@ from nnunet_fratmae.base.locks import alone_in
 from plans.contract import Contract
 from plans.settings import Settings
 from plans.units import MODALITIES
+from plans.views import Batches, Views
 from pretraining.checkpoint import BEST, LATEST, PREVIOUS, check_run, load_latest, save
-from pretraining.data import Batches, Case, DiskPatches, MemoryPatches, Views, case_weights
+from pretraining.data import Case, DiskPatches, MemoryPatches, case_weights
 from pretraining.evaluation import evaluate, evaluate_retrieval, hold_out_patches
 from pretraining.export import export
 from pretraining.fratmae import FratMAE, Objective

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from plans.settings import Settings
 from plans.units import MODALITIES, PRETRAINING_UNITS
-from pretraining.data import Case, read_patch, window
+from plans.views import central_window
+from pretraining.data import Case
 from pretraining.fratmae import FratMAE, patchify, random_masking, reconstruction_loss, unpatchify
 
 if TYPE_CHECKING:
@@ -93,7 +94,7 @@ def share_cases(
 
 def middle_patch(case: Case, settings: Settings) -> Tensor:
     """The middle patch (2, *patch) of a case as it is."""
-    return read_patch(case, window(settings.wholebody, (0.5, 0.5, 0.5, 0.0)))
+    return case.read_window(central_window(settings.wholebody))
 
 
 def guesses(volumes: Tensor, masked: Tensor, token_patch: tuple[int, int, int]) -> Tensor:
