@@ -18,8 +18,8 @@ import time
 import torch
 
 from nnunet_fratmae.networks.unetr import FratMAEUNETR
-from plans.extension import PAPER_PATCH, PAPER_TOKEN
 from plans.settings import Settings, WholeBody
+from plans.vit_pair import PAPER_PATCH, PAPER_TOKEN
 from pretraining.fratmae import Objective
 from pretraining.recipe import build_model, draw_masks, parameter_groups
 

@@ -27,10 +27,10 @@ from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
 from scipy import ndimage
 from torch.utils.data import DataLoader
 
-from plans.extension import PAPER_K, PAPER_PATCH, PAPER_TOKEN
+from nnunet_fratmae.base.units import PRETRAINING_UNITS
 from plans.settings import Pretrain, Settings, WholeBody
-from plans.units import PRETRAINING_UNITS
 from plans.views import Batches, Views
+from plans.vit_pair import PAPER_K, PAPER_PATCH, PAPER_TOKEN
 from pretraining.data import Case, DiskPatches, MemoryPatches
 from pretraining.engine import _start_loading
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from plans.extension import find_modalities
+from plans.channels import find_modalities
 from plans.settings import Pretrain, Staging, WholeBody
 from plans.staging import Cohort
 from plans.store import Study, check_grid

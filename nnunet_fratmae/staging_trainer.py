@@ -28,8 +28,8 @@ from nnunet_fratmae.stage_data import StagingStudies, class_loss, classify_all, 
 from nnunet_fratmae.stage_metrics import FIGURES, save_summary, stage_metrics
 from nnunet_fratmae.trainer import FratMAETrainer, prepare_plans
 from nnUNet_raw_conversion.pictures import save_figure
+from plans.channels import find_modalities
 from plans.contract import read_contract
-from plans.extension import find_modalities
 from plans.settings import Settings
 from plans.staging import STAGING_CONFIGURATION, Cohort, cohort_of_model, read_cohort, staging_plans
 from plans.store import Study

@@ -17,20 +17,15 @@ from typing import TYPE_CHECKING, Any
 from nnunet_fratmae.base.command import UserError, dataset_number, find_dataset, nnunet_folder, run_command
 from nnunet_fratmae.base.files import plain_name, renamed, writing_to
 from nnunet_fratmae.base.pool import KILLED
+from plans.channels import find_channels, find_modalities
 from plans.contract import read_contract
 from plans.dataset_json import read_dataset_json
-from plans.extension import (
-    count_classes,
-    extend_plans,
-    find_channels,
-    find_modalities,
-    follow_artefact,
-    training_memory,
-)
+from plans.extension import count_classes, extend_plans
 from plans.fields import require
 from plans.preprocessed import FOLDS, PLANS_NAME, check_split_cases, check_splits, planning, read_json, replaced
 from plans.reader import check_names, check_plans, check_settings, check_whole_body, resolve
 from plans.settings import Settings, add_arguments, override
+from plans.vit_pair import follow_artefact, training_memory
 
 if TYPE_CHECKING:
     from plans.dataset_checks import Studies

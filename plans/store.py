@@ -29,9 +29,9 @@ from tqdm import tqdm
 
 from nnunet_fratmae.base.command import UserError
 from nnunet_fratmae.base.pool import map_cases
-from plans.extension import channel_modalities, find_channels
+from nnunet_fratmae.base.units import PRETRAINING_UNITS
+from plans.channels import channel_modalities, find_channels
 from plans.preprocessed import open_case, reading_case, replaced
-from plans.units import PRETRAINING_UNITS
 
 Window = tuple[slice, slice, slice]
 """Voxels of a study along (H, W, D), perhaps every k-th."""

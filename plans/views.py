@@ -8,9 +8,9 @@ from typing import NamedTuple
 import numpy as np
 from torch import Tensor
 
+from nnunet_fratmae.base.units import PRETRAINING_UNITS, shift_above_air
 from plans.settings import STACKS, Pretrain, WholeBody
 from plans.store import Window
-from plans.units import PRETRAINING_UNITS, shift_above_air
 
 Key = tuple[int, int]
 """(epoch, index): everything random about a sample is a function of the seed and this key."""

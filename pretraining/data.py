@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from nnunet_fratmae.base.command import UserError, dataset_number
 from nnUNet_raw_conversion.clinical import ClinicalRecord, prompt, read_clinical
-from plans.extension import find_modalities
+from plans.channels import find_modalities
 from plans.reader import check_whole_body
 from plans.store import Study, check_grid
 from plans.views import Batches, Key, Views, augment

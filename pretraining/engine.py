@@ -24,9 +24,9 @@ from tqdm import tqdm
 from nnunet_fratmae.artefact import compare
 from nnunet_fratmae.base.command import UserError
 from nnunet_fratmae.base.locks import alone_in
+from nnunet_fratmae.base.units import MODALITIES
 from plans.contract import Contract
 from plans.settings import Settings
-from plans.units import MODALITIES
 from plans.views import Batches, Views
 from pretraining.checkpoint import BEST, LATEST, PREVIOUS, check_run, load_latest, save
 from pretraining.data import Case, DiskPatches, MemoryPatches, case_weights

@@ -16,8 +16,8 @@ from lightning_fabric import Fabric
 from scipy import ndimage
 from torch import Tensor
 
+from nnunet_fratmae.base.units import MODALITIES, PRETRAINING_UNITS
 from plans.settings import Settings
-from plans.units import MODALITIES, PRETRAINING_UNITS
 from plans.views import central_window
 from pretraining.data import Case
 from pretraining.fratmae import FratMAE, patchify, random_masking, reconstruction_loss, unpatchify

@@ -55,7 +55,7 @@ Two Vision Transformers (CT, PET; width {contract.embed_dim}, depth {contract.de
 epochs with nnunet-fratmae. For research on whole-body PET/CT; not a medical device.
 
 - Input: volumes (B, 1, H, W, D), {contract.axes}; CT in HU and PET in SUVbw, brought to pretraining units by
-  `plans.units.to_units`.
+  `nnunet_fratmae.base.units.to_units`.
 - Patch {list(contract.patch)} voxels of a study resized to {list(contract.grid)}, every {contract.k}. {contract.stack}
   slice; tokens of {list(contract.token_patch)} voxels. `load_pretrained(..., patch_size=(H, W, D))` for any other patch
   of whole tokens.
@@ -78,7 +78,7 @@ Masked MSE in pretraining units, PSNR in dB, cross-modal gain (0: the partner is
 
 ```python
 from nnunet_fratmae.artefact import load_pretrained
-from plans.units import to_units
+from nnunet_fratmae.base.units import to_units
 encoders = load_pretrained("this_folder")                       # "CT" and "PET", alone or both
 tokens = encoders["PET"](to_units("PET", suv))                  # (B, 1 + N, {contract.embed_dim}), CLS first
 maps = encoders["PET"].feature_maps(to_units("PET", suv), {tap_layers(contract.depth)})

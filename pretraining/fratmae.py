@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
+from nnunet_fratmae.base.units import MODALITIES
 from nnunet_fratmae.networks.vit import (
     LAYER_NORM,
     Attention,
@@ -31,7 +32,6 @@ from nnunet_fratmae.networks.vit import (
     sincos_positions,
     token_grid,
 )
-from plans.units import MODALITIES
 
 if TYPE_CHECKING:  # open_clip takes seconds to import, and two of the four arms do without it
     from pretraining.context_align import ContextAlign

@@ -13,8 +13,8 @@ from lightning_fabric import Fabric
 from torch import Tensor, nn
 
 from nnunet_fratmae.base.files import renamed
+from nnunet_fratmae.base.units import MODALITIES
 from plans.settings import STACKS, Settings
-from plans.units import MODALITIES
 from pretraining.data import Case
 from pretraining.evaluation import HeldOut, token_mask
 from pretraining.fratmae import FratMAE, partner, unpatchify

@@ -15,12 +15,14 @@ from nnunet_fratmae.base.command import (
     nnunet_folder,
     run_command,
 )
-from plans.extension import choose_sizes, find_channels, find_modalities, lost_to_pretraining
+from plans.channels import find_channels, find_modalities
 from plans.fields import require
+from plans.front_door import lost_to_pretraining
 from plans.preprocessed import PLANS_NAME, validation_cases
 from plans.reader import check_whole_body, load_plans
 from plans.settings import METHODS, STACKS, Pretrain, Settings, add_arguments, override
 from plans.staging import split_unsegmented
+from plans.vit_pair import choose_sizes
 
 RUN_NAME = f"FratMAEPretraining__{PLANS_NAME}__wholebody"
 

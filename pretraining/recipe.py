@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from nnunet_fratmae.base.command import UserError
+from nnunet_fratmae.base.units import MODALITIES
 from nnunet_fratmae.networks.vit import is_decayed, token_grid
 from plans.settings import Pretrain, Settings
-from plans.units import MODALITIES
 from pretraining.data import Case
 from pretraining.fratmae import FratMAE, random_masking
 

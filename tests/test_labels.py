@@ -17,7 +17,8 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunet_fratmae.base.command import UserError
 from nnunet_fratmae.trainer import FratMAETrainer
-from plans.extension import channel_modalities, count_classes, extend_plans, find_channels, find_modalities
+from plans.channels import channel_modalities, find_channels, find_modalities
+from plans.extension import count_classes, extend_plans
 from plans.settings import Finetune, Settings
 from tests.conftest import Workspace
 from tests.test_plans import stock_plans

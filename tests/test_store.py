@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
 
 from nnunet_fratmae.base.command import UserError
+from nnunet_fratmae.base.units import PRETRAINING_UNITS
 from plans.store import check_preprocessed, check_units, list_raw_studies, resize_to_grid
-from plans.units import PRETRAINING_UNITS
 from pretraining.data import list_cases
 
 
