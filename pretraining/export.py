@@ -21,20 +21,19 @@ def export(state: Mapping[str, Any], folder: Path) -> None:
 
     from nnunet_fratmae.artefact import save_artefact
     from plans.contract import contract_of
+    from pretraining.methods import CLASSES
 
     contract = contract_of(state["contract"] | {"epochs": state["epoch"]})
-    weights = state["model"]
-    aligned = {k: v.cpu().contiguous() for k, v in weights.items() if k.startswith(("context_align.", "text_tower."))}
+    encoders, text = CLASSES[contract.method].exported(state["model"])
     files = {CARD_NAME: model_card(contract, state["history"]).encode()}
-    if aligned:
-        files[ALIGN_NAME] = save(aligned)
+    if text:
+        files[ALIGN_NAME] = save({name: value.cpu().contiguous() for name, value in text.items()})
     with writing_to(folder):
         folder.mkdir(parents=True, exist_ok=True)
     for name, content in files.items():
         with renamed(folder / name) as partial:
             partial.write_bytes(content)
-    start = "fratmae.encoders."
-    save_artefact(folder, {k.removeprefix(start): v for k, v in weights.items() if k.startswith(start)}, contract)
+    save_artefact(folder, encoders, contract)
 
 
 def model_card(contract: Any, history: list[dict[str, Any]]) -> str:

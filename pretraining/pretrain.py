@@ -62,6 +62,7 @@ def _run(args: argparse.Namespace) -> None:
     from pretraining.data import list_cases
     from pretraining.engine import Pretraining
     from pretraining.launch import make_fabric
+    from pretraining.methods import CLASSES
 
     check_device(args.device)
     if args.device == "cuda" and args.num_gpus > torch.cuda.device_count():
@@ -73,7 +74,7 @@ def _run(args: argparse.Namespace) -> None:
         patients = {c.patient for c in found if c.patient and c.path.stem in left_out}  # their other studies, too
         cases += [c for c in found if c.path.stem not in left_out and c.patient not in patients]
     licences = {p.name: dataset_json.get("licence") for p, (_, dataset_json) in zip(datasets, loaded, strict=True)}
-    fabric = make_fabric(args.device, args.num_gpus, args.num_nodes, settings.pretrain.is_cross_modal)
+    fabric = make_fabric(args.device, args.num_gpus, args.num_nodes, CLASSES[settings.pretrain.method].rests(settings))
     try:
         Pretraining(folder, settings, cases, licences, args.f, fabric, args.c).run()
     except BaseException as error:
