@@ -100,7 +100,7 @@ def phantoms(tmp_path_factory) -> Workspace:
     workspace = Workspace(tmp_path_factory.mktemp("phantoms"))
     workspace.run("fratmae_phantom -d 7 -n 6 --seed 1 --spacing 10 11 12")
     workspace.run("fratmae_phantom -d 8 -n 2 --seed 2 --spacing 10 11 12")
-    workspace.run(f"fratmae_plan_and_preprocess -d 7 -preset vit_nano -np 2 --set {' '.join(SETTINGS)}")
+    workspace.run(f"fratmae_plan_and_preprocess -d 7 -preset vit_nano -np 1 --set {' '.join(SETTINGS)}")
     return workspace
 
 
