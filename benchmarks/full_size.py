@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import multiprocessing
 import resource
 import time
@@ -18,22 +17,20 @@ import time
 import torch
 
 from nnunet_fratmae.networks.unetr import FratMAEUNETR
-from plans.extension import PAPER_PATCH, PAPER_TOKEN
 from plans.settings import Settings, WholeBody
-from pretraining.fratmae import Objective
-from pretraining.recipe import build_model, draw_masks, parameter_groups
+from plans.vit_pair import PAPER_PATCH, PAPER_TOKEN
+from pretraining.fratmae import FratMAEMethod, build_network
+from pretraining.recipe import parameter_groups
 
 
 def pretraining_step(preset: str, batch: int, device: str) -> dict[str, float]:
     settings = Settings(preset=preset, token_patch=PAPER_TOKEN, wholebody=WholeBody(patch=PAPER_PATCH))
-    model = build_model(settings).to(device)
-    objective = Objective(model, None, None, 0.0)
+    model = build_network(settings).to(device)
+    method = FratMAEMethod(model, settings.pretrain.mask_ratio, is_cross_modal=True)
     image = torch.randn(batch, 2, *PAPER_PATCH, device=device)
 
     def loss(step: int) -> torch.Tensor:
-        masks = draw_masks(batch, math.prod(model.grid), settings.pretrain.mask_ratio, True, (0, 0, step))
-        keep, masked = ({m: pair[i].to(device) for m, pair in masks.items()} for i in (0, 1))
-        return objective(image, keep, masked)[0]
+        return method(image, method.draw(batch, (0, 0, step)).to(device), [None] * batch)[0]
 
     return measure(model, loss, device)
 

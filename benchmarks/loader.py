@@ -27,10 +27,11 @@ from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
 from scipy import ndimage
 from torch.utils.data import DataLoader
 
-from plans.extension import PAPER_K, PAPER_PATCH, PAPER_TOKEN
+from nnunet_fratmae.base.units import PRETRAINING_UNITS
 from plans.settings import Pretrain, Settings, WholeBody
-from plans.units import PRETRAINING_UNITS
-from pretraining.data import Batches, Case, DiskPatches, MemoryPatches, Views, read_patch
+from plans.views import Batches, Views
+from plans.vit_pair import PAPER_K, PAPER_PATCH, PAPER_TOKEN
+from pretraining.data import Case, DiskPatches, MemoryPatches
 from pretraining.engine import _start_loading
 
 GRID, BATCH = (160, 160, 192), 4
@@ -48,7 +49,7 @@ def write_study(path: Path, generator: np.random.Generator) -> None:
     suv = np.where(body, np.exp(0.7 * lumps[1]) * (1 + 0.1 * noise[1]), 0)
     data = [(np.clip(v, u.lower, u.upper) - u.mean) / u.std
             for v, u in zip((hu, suv), (PRETRAINING_UNITS[m] for m in ("CT", "PET")), strict=True)]  # fmt: skip
-    slice_chunk = (1, 1, *GRID[1:])  # as plans/wholebody.py writes them
+    slice_chunk = (1, 1, *GRID[1:])  # as plans/store.py writes them
     nnUNetDatasetBlosc2.save_case(np.stack(data).astype(np.float16), np.zeros((1, *GRID), np.int8), {},
                                   str(path.with_suffix("")), chunks=slice_chunk, blocks=slice_chunk)  # fmt: skip
 
@@ -68,7 +69,7 @@ def share_of_bytes(cases: list[Case], views: Views) -> float:
 
     before = count()
     for index, case in enumerate(cases):
-        read_patch(case, views((0, index)).window)
+        case.read_window(views((0, index)).window)
     return (count() - before) / sum(case.path.stat().st_size for case in cases)
 
 

@@ -98,8 +98,9 @@ def load_encoders(pretrained: str | Path, encoders: nn.ModuleDict) -> list[str]:
 def load_pretrained(pretrained: str | Path, patch_size: Sequence[int] | None = None) -> nn.ModuleDict:
     """The encoders "CT" and "PET" of an artefact, in evaluation mode, for any task.
 
-    Each takes volumes (B, 1, H, W, D) in pretraining units (`plans.units.to_units`), axes as the contract says, and
-    gives tokens (B, 1 + N, dim) with the CLS token first; `feature_maps(volume, layers)` gives maps (B, dim, h, w, d).
+    Each takes volumes (B, 1, H, W, D) in pretraining units (`to_units` of nnunet_fratmae/base/units.py), axes as the
+    contract says, and gives tokens (B, 1 + N, dim) with the CLS token first; `feature_maps(volume, layers)` gives maps
+    (B, dim, h, w, d).
 
     Args:
         patch_size: (H, W, D) voxels, a multiple of the token patch; None: as in pretraining.

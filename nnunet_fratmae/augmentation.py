@@ -24,9 +24,9 @@ from batchgeneratorsv2.transforms.utils.random import RandomTransform
 from torch import Tensor
 
 from nnunet_fratmae.base.command import UserError
-from plans.extension import absent_values
+from nnunet_fratmae.base.units import PRETRAINING_UNITS, shift_above_air
+from plans.front_door import absent_values
 from plans.settings import Finetune
-from plans.units import PRETRAINING_UNITS, shift_above_air
 
 KEPT = (GaussianBlurTransform, SimulateLowResolutionTransform)
 CT_NOISE = 30.0  # HU, largest standard deviation; low-dose CT of a trunk has 20 to 40

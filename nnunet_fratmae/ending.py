@@ -14,7 +14,7 @@ import blosc2
 
 from nnunet_fratmae.base.command import UserError, cause
 
-READERS = ("load_case", "read_patch", "check_grid")  # the functions of nnU-Net and ours that read a stored case
+READERS = ("load_case", "read_window", "check_grid")  # the functions of nnU-Net and ours that read a stored case
 WORKERS = ("background workers", "DataLoader worker")  # what batchgenerators and torch say when one has died
 
 

@@ -17,16 +17,16 @@ import SimpleITK as sitk
 
 from nnunet_fratmae.base.command import UserError, run_command
 from nnunet_fratmae.base.files import refuse_bytes, renamed, writing_to
+from nnunet_fratmae.base.units import MODALITIES, PRETRAINING_UNITS
 from nnunet_fratmae.base.volumes import read_image
+from plans.channels import channel_modalities, find_channels
 from plans.dataset_json import check_dataset_json
-from plans.extension import channel_modalities, find_channels
 from plans.inputs import on_one_grid
 from plans.models import read_model_files
 from plans.reader import check_plans
 from plans.settings import Settings
 from plans.staging import NETWORK as STAGING_NETWORK
 from plans.staging import STAGING_CONFIGURATION
-from plans.units import MODALITIES, PRETRAINING_UNITS
 
 Case = dict[int, Path]
 """The images of a study that are there, by channel."""

@@ -23,7 +23,7 @@ from nnunet_fratmae.stage_data import StagingStudies, class_loss, classify_all, 
 from nnunet_fratmae.stage_metrics import save_summary, stage_metrics
 from plans.settings import Settings
 from plans.staging import STAGING_CONFIGURATION, cohort_of_model, joint_plans, read_cohort
-from pretraining.data import Batches, Key
+from plans.views import Batches, Key
 
 TRAIN_CURVE = "train_stage_losses"
 VALIDATION_CURVES = {"accuracy": "val_stage_accuracy", "macro_sensitivity": "val_stage_macro_sensitivity"}

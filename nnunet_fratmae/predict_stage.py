@@ -17,13 +17,14 @@ import numpy as np
 from nnunet_fratmae.base.command import UserError, check_device, run_command
 from nnunet_fratmae.base.files import refuse_bytes, renamed
 from nnunet_fratmae.base.tables import csv_text
+from nnunet_fratmae.base.units import PRETRAINING_UNITS
+from plans.channels import channel_modalities, find_channels, find_modalities
 from plans.dataset_json import check_dataset_json
-from plans.extension import JOINT_NETWORK, channel_modalities, find_channels, find_modalities
 from plans.models import check_architecture, read_model_files
 from plans.reader import check_plans, check_whole_body
 from plans.settings import STACKS, Settings
 from plans.staging import NETWORK, STAGING_CONFIGURATION, staging_plans
-from plans.units import PRETRAINING_UNITS
+from plans.vit_pair import JOINT_NETWORK
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -59,7 +60,7 @@ def _run(args: argparse.Namespace) -> None:
 
     # Here and not above: they import torch and ITK, which takes seconds, and an error above should not
     from plans.inputs import check_study
-    from plans.wholebody import read_study
+    from plans.store import read_study
 
     check_device(args.device)
     networks = [load_network(plans, dataset_json, path).to(args.device) for path in checkpoints]

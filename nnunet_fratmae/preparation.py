@@ -13,9 +13,10 @@ from nnunet_fratmae.artefact import check_artefact
 from nnunet_fratmae.augmentation import misalign
 from nnunet_fratmae.base.command import UserError
 from nnunet_fratmae.base.jsons import read_object
-from plans.extension import extend_plans, follow_artefact
+from nnunet_fratmae.base.units import MODALITIES
+from plans.extension import extend_plans
 from plans.settings import Settings
-from plans.units import MODALITIES
+from plans.vit_pair import follow_artefact
 
 PRETRAINED_VARIABLE = "FRATMAE_PRETRAINED"
 CHANGEABLE = {

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from plans.extension import find_modalities
+from plans.channels import find_modalities
 from plans.settings import Pretrain, Staging, WholeBody
 from plans.staging import Cohort
-from plans.units import PRETRAINING_UNITS
-from pretraining.data import Case, Key, View, augment, check_grid, read_patch, window
+from plans.store import Study, check_grid
+from plans.views import Key, augment, central_window, varied
 
 
 class StagingStudies(Dataset):
@@ -26,7 +26,7 @@ class StagingStudies(Dataset):
     """
 
     def __init__(
-        self, studies: list[tuple[Case, int]], whole: WholeBody, options: Pretrain | None = None, seed: int = 0
+        self, studies: list[tuple[Study, int]], whole: WholeBody, options: Pretrain | None = None, seed: int = 0
     ) -> None:
         """`options`: how to vary the patches; None: not at all."""
         self.studies, self.whole, self.options, self.seed = studies, whole, options, seed
@@ -36,33 +36,27 @@ class StagingStudies(Dataset):
 
     def __getitem__(self, key: Key) -> dict[str, Any]:
         epoch, index = key
-        case, label = self.studies[index]
+        study, label = self.studies[index]
         if self.options is None:
-            return {"data": read_patch(case, central_window(self.whole)), "target": label}
+            return {"data": study.read_window(central_window(self.whole)), "target": label}
         generator = np.random.default_rng((self.seed, epoch, index))
         phase, mirror = generator.random(2)
         scale, shift = generator.standard_normal(2)
-        view = View(
-            index,
-            central_window(self.whole, phase),
-            self.options.mirror and mirror < 0.5,
-            float(np.exp(self.options.pet_scale * scale)),
-            float(self.options.ct_shift * shift / PRETRAINING_UNITS["CT"].std),
-        )
-        return {"data": augment(read_patch(case, view.window), view), "target": label}
+        view = varied(index, central_window(self.whole, phase), mirror, scale, shift, self.options)
+        return {"data": augment(study.read_window(view.window), view), "target": label}
 
 
 def list_studies(
     store: Path, labels: Mapping[str, int], dataset_json: dict[str, Any], grid: Sequence[int]
-) -> list[tuple[Case, int]]:
+) -> list[tuple[Study, int]]:
     """The cases of a whole-body grid store that are in `labels`, each with the number of its class.
 
     Raises:
         UserError: a study that is not on the grid.
     """
     channels = tuple(find_modalities(dataset_json))
-    studies = [(Case(store / f"{name}.b2nd", name, channels), label) for name, label in labels.items()]
-    check_grid([case.path for case, _ in studies], grid)
+    studies = [(Study(store / f"{name}.b2nd", name, channels), label) for name, label in labels.items()]
+    check_grid([study for study, _ in studies], grid)
     return studies
 
 
@@ -80,11 +74,6 @@ def classify_all(
     found = [(network(batch["data"].to(device)).float(), batch["target"].to(device)) for batch in batches]
     logits, labels = (torch.cat(parts) for parts in zip(*found, strict=True))
     return logits, labels
-
-
-def central_window(whole: WholeBody, phase: float = 0.0) -> tuple[slice, slice, slice]:
-    """The middle patch of the grid (paper section 2.4: "centrally cropped"), `phase` in [0, 1)."""
-    return window(whole, (0.5, 0.5, 0.5, phase))
 
 
 class WeightedCrossEntropy(nn.Module):

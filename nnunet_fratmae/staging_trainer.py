@@ -28,11 +28,12 @@ from nnunet_fratmae.stage_data import StagingStudies, class_loss, classify_all, 
 from nnunet_fratmae.stage_metrics import FIGURES, save_summary, stage_metrics
 from nnunet_fratmae.trainer import FratMAETrainer, prepare_plans
 from nnUNet_raw_conversion.pictures import save_figure
+from plans.channels import find_modalities
 from plans.contract import read_contract
-from plans.extension import find_modalities
 from plans.settings import Settings
 from plans.staging import STAGING_CONFIGURATION, Cohort, cohort_of_model, read_cohort, staging_plans
-from pretraining.data import Batches, Case
+from plans.store import Study
+from plans.views import Batches
 
 CURVES = ("val_accuracy", "val_macro_sensitivity", "val_auc")
 DICE_LISTS = ("mean_fg_dice", "ema_fg_dice", "dice_per_class_or_region")
@@ -129,7 +130,7 @@ class FratMAEStagingTrainer(FratMAETrainer):
         studies = StagingStudies(self._studies(self.cohort.validation), self.settings.wholebody)
         return in_order(studies, self.configuration_manager.batch_size, **how)
 
-    def _studies(self, labels: dict[str, int]) -> list[tuple[Case, int]]:
+    def _studies(self, labels: dict[str, int]) -> list[tuple[Study, int]]:
         store, grid = Path(self.preprocessed_dataset_folder), self.settings.wholebody.grid
         with self._one_line():
             return list_studies(store, labels, self.dataset_json, grid)

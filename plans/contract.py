@@ -11,8 +11,9 @@ from typing import Any
 
 from nnunet_fratmae.base.command import UserError
 from nnunet_fratmae.base.jsons import read_object
-from plans.settings import METHODS, MOST_TOKENS, MOST_VOXELS, PRESETS, STACKS, TOKEN_SIDES
-from plans.units import MODALITIES, units_contract
+from nnunet_fratmae.base.units import MODALITIES, units_contract
+from nnunet_fratmae.networks.strides import TOKEN_SIDES
+from plans.settings import METHODS, MOST_TOKENS, MOST_VOXELS, PRESETS, STACKS
 
 WEIGHTS_NAME, CONTRACT_NAME = "encoders.safetensors", "encoders.json"
 FORMAT = "fratmae-encoders-2"  # 1 had other position embeddings

@@ -26,7 +26,7 @@ from plans.dataset_json import declared_labels, listed
 from plans.fields import require, shown, shown_name
 
 Studies = dict[str, tuple[list[str], str | None]]
-"""Images and label file (None: there is none) by case id, as `plans.wholebody.list_studies` gives them."""
+"""Images and label file (None: there is none) by case id, as `plans.store.list_raw_studies` gives them."""
 
 NAMED = 3  # cases that a message names, besides the number of all
 MOST_OFF = 0.25  # of a voxel; a grid that was written in another precision is off by much less

@@ -14,14 +14,14 @@ from tqdm import tqdm
 from nnunet_fratmae.base.command import UserError
 from nnunet_fratmae.base.grids import grid_distance, times
 from nnunet_fratmae.base.pool import map_cases
+from nnunet_fratmae.base.units import MODALITIES, PRETRAINING_UNITS
 from nnunet_fratmae.base.volumes import read_image
 from nnUNet_raw_conversion.checks import checked_case
 from nnUNet_raw_conversion.geometry import canonical
-from plans.extension import channel_modalities
-from plans.units import MODALITIES, PRETRAINING_UNITS
+from plans.channels import channel_modalities
 
 Studies = Mapping[str, tuple[list[str], str | None]]
-"""Images and label file (None: there is none) by case id, as `plans.wholebody.list_studies` gives them."""
+"""Images and label file (None: there is none) by case id, as `plans.store.list_raw_studies` gives them."""
 # Codes of refusals of ITK's reader, and of what is no NIfTI: nnU-Net has other readers (NibabelIO, Tiff3DIO) for these
 OTHER_READERS = ("NIFTI_2", "NIFTI_SHEARED", "IMAGE_FORMAT")
 NAMED = 3  # cases that a message names

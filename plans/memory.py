@@ -13,8 +13,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from nnunet_fratmae.networks.strides import LEVELS, decoder_strides
 from plans.settings import Preset
-from plans.strides import LEVELS, decoder_strides
 
 TRANSIENT = 3.8
 """Activations of the decoder's width at full resolution that live only for a moment of the backward pass."""

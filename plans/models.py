@@ -7,11 +7,11 @@ from typing import Any
 
 from nnunet_fratmae.base.command import UserError
 from nnunet_fratmae.base.jsons import load_object
-from plans.extension import JOINT_NETWORK
-from plans.extension import NETWORK as SEGMENTATION_NETWORK
 from plans.reader import check_network
 from plans.settings import Settings
 from plans.staging import NETWORK as STAGING_NETWORK
+from plans.vit_pair import JOINT_NETWORK
+from plans.vit_pair import NETWORK as SEGMENTATION_NETWORK
 
 KNOWN = (SEGMENTATION_NETWORK, JOINT_NETWORK, STAGING_NETWORK)
 """The networks that plans may name."""

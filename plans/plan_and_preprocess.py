@@ -17,20 +17,15 @@ from typing import TYPE_CHECKING, Any
 from nnunet_fratmae.base.command import UserError, dataset_number, find_dataset, nnunet_folder, run_command
 from nnunet_fratmae.base.files import plain_name, renamed, writing_to
 from nnunet_fratmae.base.pool import KILLED
+from plans.channels import find_channels, find_modalities
 from plans.contract import read_contract
 from plans.dataset_json import read_dataset_json
-from plans.extension import (
-    count_classes,
-    extend_plans,
-    find_channels,
-    find_modalities,
-    follow_artefact,
-    training_memory,
-)
+from plans.extension import count_classes, extend_plans
 from plans.fields import require
 from plans.preprocessed import FOLDS, PLANS_NAME, check_split_cases, check_splits, planning, read_json, replaced
 from plans.reader import check_names, check_plans, check_settings, check_whole_body, resolve
 from plans.settings import Settings, add_arguments, override
+from plans.vit_pair import follow_artefact, training_memory
 
 if TYPE_CHECKING:
     from plans.dataset_checks import Studies
@@ -193,9 +188,9 @@ def _open(raw: Path, processes: int) -> tuple[dict[str, Any], Studies]:
 
     from plans.dataset_checks import check_studies
     from plans.inputs import check_dataset_images
-    from plans.wholebody import list_studies
+    from plans.store import list_raw_studies
 
-    studies = list_studies(raw, dataset_json)
+    studies = list_raw_studies(raw, dataset_json)
     if not studies:
         raise UserError(f"{raw}: no studies in imagesTr or imagesPt; convert the studies first (fratmae_convert_pairs)")
     for folder in (raw, nnunet_folder("nnUNet_preprocessed") / raw.name):
@@ -220,7 +215,7 @@ def preprocess(
     """
     from nnunetv2.experiment_planning.plan_and_preprocess_api import extract_fingerprint_dataset, preprocess_dataset
 
-    from plans.wholebody import check_preprocessed, write_store
+    from plans.store import check_preprocessed, write_store
 
     labelled = count_labelled(studies)
     preprocessed, dataset_id = nnunet_folder("nnUNet_preprocessed") / raw.name, dataset_number(raw.name)

@@ -20,10 +20,12 @@ from tqdm import tqdm
 
 from nnunet_fratmae.base.command import UserError, nnunet_folder
 from nnunet_fratmae.base.files import renamed
-from plans.extension import HWD_FROM_ZYX, channel_modalities, extend_plans, find_channels, hwd_axes
+from nnunet_fratmae.base.units import MODALITIES
+from plans.channels import channel_modalities, find_channels
+from plans.extension import extend_plans
+from plans.front_door import HWD_FROM_ZYX, hwd_axes, intensity_properties
 from plans.preprocessed import PLANS_NAME, read_json
 from plans.settings import Settings
-from plans.units import MODALITIES, intensity_properties
 
 
 class FratMAEPlanner(ExperimentPlanner):

@@ -14,19 +14,11 @@ from typing import Any
 
 from nnunet_fratmae.base.command import UserError, dataset_number
 from nnunet_fratmae.base.files import plain_name
+from nnunet_fratmae.networks.strides import TOKEN_SIDES
 from plans.dataset_json import read_dataset_json
 from plans.fields import Bounds, require, shown, shown_name
 from plans.preprocessed import GROUND_TRUTH, PLANS_NAME, read_json
-from plans.settings import (
-    MOST_BATCH,
-    MOST_SIDE,
-    PRESETS,
-    TOKEN_SIDES,
-    Settings,
-    check_batch,
-    check_tokens,
-    check_voxels,
-)
+from plans.settings import MOST_BATCH, MOST_SIDE, PRESETS, Settings, check_batch, check_tokens, check_voxels
 
 OURS = "nnunet_fratmae.networks."
 SPATIAL = ("3d_fullres", "wholebody")  # the configurations that our commands read

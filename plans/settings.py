@@ -11,10 +11,10 @@ from difflib import get_close_matches
 from typing import Any
 
 from nnunet_fratmae.base.command import UserError
+from nnunet_fratmae.base.units import MODALITIES
+from nnunet_fratmae.networks.strides import TOKEN_SIDES
 from plans.fields import bounded, build, check_fields, require, shown, shown_name
-from plans.units import MODALITIES
 
-TOKEN_SIDES = (1, 2, 4, 8, 16)
 STACKS = {"coronal": 0, "axial": 2}
 """The axis of (H, W, D) along which the slices of a patch are stacked."""
 METHODS = ("fratmae", "fratmae_notext", "mae", "mae_text")

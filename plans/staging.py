@@ -13,9 +13,10 @@ from nnunet_fratmae.base.command import UserError, dataset_number
 from nnunet_fratmae.base.files import renamed
 from nnUNet_raw_conversion.clinical import COLUMNS, UNKNOWN, read_clinical, read_table
 from nnUNet_raw_conversion.splits import make_splits
-from plans.extension import JOINT_NETWORK, hwd_axes
+from plans.front_door import hwd_axes
 from plans.preprocessed import PLANS_NAME, read_splits, stored_cases, validation_cases
 from plans.settings import Settings
+from plans.vit_pair import JOINT_NETWORK
 
 NETWORK = "nnunet_fratmae.networks.staging.FratMAEStaging"
 STAGING_CONFIGURATION = "wholebody"

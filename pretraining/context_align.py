@@ -8,11 +8,21 @@ positives of each other; a case without metadata takes no part.
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 import torch
+from lightning_fabric import Fabric
 from open_clip.loss import ClipLoss, gather_features
 from torch import Tensor, distributed, nn
 from torch.nn.functional import normalize
+
+from nnunet_fratmae.base.command import UserError
+from plans.settings import Settings
+from pretraining.data import Case
+
+if TYPE_CHECKING:
+    from pretraining.evaluation import HeldOut, Share
+    from pretraining.text import TextTower
 
 UNKNOWN = -1  # the prompt ID of a case without metadata
 MAX_SCALE = 100.0  # of the logits, as in CLIP (Radford et al. 2021, section 2.5)
@@ -149,3 +159,52 @@ def _gather(pets: Tensor, texts: Tensor, ids: Tensor) -> tuple[Tensor, Tensor, T
     gathered = [torch.empty_like(ids) for _ in range(processes)]
     distributed.all_gather(gathered, ids.contiguous())
     return pets, texts, torch.cat(gathered)
+
+
+def prepare_text(
+    settings: Settings, cases: list[Case], fabric: Fabric
+) -> tuple[TextTower, ContextAlign, dict[str, Tensor]]:
+    """The text tower, ContextAlign, and the embedding of every prompt where the tower is frozen.
+
+    Raises:
+        UserError: no two cases have different metadata, or the tower cannot be loaded.
+    """
+    from pretraining.text import embed_prompts, load_tower
+
+    options = settings.pretrain
+    prompts = sorted({case.prompt for case in cases if case.prompt})
+    if not prompts:
+        raise UserError(f"-m {options.method}: no case has metadata to align with; give the converter a clinical.csv "
+                        "and plan again, or say -m fratmae_notext")  # fmt: skip
+    if len(prompts) < 2:
+        raise UserError(f"-m {options.method}: all cases have the same metadata ({prompts[0]!r}), so the text has "
+                        "nothing to tell apart; say -m fratmae_notext")  # fmt: skip
+    with fabric.rank_zero_first(local=True):  # which fetches the weights for its node
+        tower = load_tower(options.text_tower, options.text_weights)
+    torch.manual_seed(options.seed)
+    align = ContextAlign(settings.sizes.embed_dim, tower.dim, temperature=options.temperature)
+    return tower, align, embed_prompts(tower.to(fabric.device), prompts) if options.text_frozen else {}
+
+
+def evaluate_retrieval(
+    encoder: nn.Module, align: ContextAlign, held_out: HeldOut, text: dict[str, Tensor], share: Share
+) -> dict[str, float]:
+    """PET-text retrieval among the different prompts of the held-out cases (see `retrieval`); nothing below two.
+
+    Args:
+        encoder: of the PET; text: embedding (dim,) of every prompt.
+    """
+    cases, device = held_out.cases, share.fabric.device
+    prompts = sorted({case.prompt for case in cases if case.prompt})
+    if len(prompts) < 2:
+        return {}
+    known = torch.tensor([i for i, case in enumerate(cases) if case.prompt])
+    ids = torch.tensor([prompts.index(cases[i].prompt) for i in known])
+
+    def embed(some: Tensor) -> Tensor:
+        return align.embed_pet(encoder(held_out.images[known[some], 1:].to(device))[:, 0])
+
+    with torch.no_grad():
+        texts = align.embed_text(torch.stack([text[cases[i].prompt] for i in known]).to(device)).cpu()
+    pets = share.rows(embed, len(known), texts.shape[1]).to(texts)
+    return {f"retrieval_{name}": value for name, value in retrieval(pets, texts, ids).items()}

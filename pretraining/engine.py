@@ -12,7 +12,7 @@ from contextlib import nullcontext
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import blosc2
 import torch
@@ -24,31 +24,28 @@ from tqdm import tqdm
 from nnunet_fratmae.artefact import compare
 from nnunet_fratmae.base.command import UserError
 from nnunet_fratmae.base.locks import alone_in
+from nnunet_fratmae.base.units import MODALITIES
 from plans.contract import Contract
 from plans.settings import Settings
-from plans.units import MODALITIES
+from plans.views import Batches, Views
 from pretraining.checkpoint import BEST, LATEST, PREVIOUS, check_run, load_latest, save
-from pretraining.data import Batches, Case, DiskPatches, MemoryPatches, Views, case_weights
-from pretraining.evaluation import evaluate, evaluate_retrieval, hold_out_patches
+from pretraining.data import Case, DiskPatches, MemoryPatches, case_weights
+from pretraining.evaluation import Share, evaluate, hold_out_patches
 from pretraining.export import export
-from pretraining.fratmae import FratMAE, Objective
+from pretraining.method import Method
+from pretraining.methods import CLASSES
 from pretraining.monitor import Monitor
 from pretraining.recipe import (
     BETAS,
     ONE_GPU,
-    build_model,
     choose_micro_batch,
     choose_patches,
-    draw_masks,
     hold_out,
     learning_rate,
     parameter_groups,
     pass_sizes,
 )
 
-if TYPE_CHECKING:  # open_clip takes seconds to import, and two of the four arms do without it
-    from pretraining.context_align import ContextAlign
-    from pretraining.text import TextTower
 
 class Pretraining:
     """One run: `run` trains, with a checkpoint after every epoch, and exports the encoders at the end."""
@@ -75,38 +72,28 @@ class Pretraining:
         passes = pass_sizes(options, self.micro, fabric.world_size)
         self.identity = _identity(settings, self.train, held_out, passes)
         checkpoint = self._checkpoint(resume)
-        tower, align, self.embeddings = prepare_text(settings, cases, fabric)
-        self.prompts = sorted({case.prompt for case in cases if case.prompt})
-        model = build_model(settings)
-        self.tokens, self.token_patch = math.prod(model.grid), model.token_patch
-        self.text_tower_name = None if tower is None else tower.name
-        trained_tower = tower if tower is not None and not options.text_frozen else None
-        objective = Objective(model, align, trained_tower, options.text_weight)
+        method = CLASSES[options.method].build(settings, cases, fabric)
         optimizer = torch.optim.AdamW(
-            parameter_groups(objective, options.weight_decay), lr=options.learning_rate, betas=BETAS
+            parameter_groups(method, options.weight_decay), lr=options.learning_rate, betas=BETAS
         )
         self.history: list[dict[str, Any]] = []
-        self.epoch, self.step, self.sums = 0, 0, _empty_sums()
+        self.epoch, self.step, self.sums = 0, 0, _empty_sums(method)
         if checkpoint:
-            if problems := compare(objective.state_dict(), checkpoint["model"]):
+            if problems := compare(method.state_dict(), checkpoint["model"]):
                 raise UserError(f"--c: the checkpoint in {folder} does not fit this network ({problems[0][:200]})")
-            objective.load_state_dict(checkpoint["model"])
+            method.load_state_dict(checkpoint["model"])
             self.history, self.epoch = checkpoint["history"], checkpoint["epoch"]
             self.step, self.sums = checkpoint["step"], checkpoint["sums"]
-        self.objective, self.optimizer = fabric.setup(objective, optimizer)
+        self.network, self.optimizer = fabric.setup(method, optimizer)
         if checkpoint:
             self.optimizer.load_state_dict(checkpoint["optimizer"])
-        self.held_out = hold_out_patches(held_out, settings, self.token_patch, fabric)
+        self.held_out = hold_out_patches(held_out, settings, method, fabric)
         self._prepare_loader()
         self.signal: int | None = None
 
     @property
-    def model(self) -> FratMAE:
-        return self.objective.module.fratmae
-
-    @property
-    def align(self) -> ContextAlign | None:
-        return self.objective.module.context_align
+    def method(self) -> Method:
+        return self.network.module
 
     def run(self) -> None:
         """Raises UserError: a loss that is not finite, a checkpoint that cannot be written, or another process that
@@ -119,8 +106,8 @@ class Pretraining:
         done = self.epoch * steps + self.step
         monitor = None
         if self.fabric.is_global_zero:
-            monitor = Monitor(self.folder, self.settings, self.fabric, is_resumed=done > 0)
-            monitor.introduce(self.model, self.train, self.held_out, steps)
+            monitor = Monitor(self.folder, self.settings, self.method.flops(), self.fabric, is_resumed=done > 0)
+            monitor.introduce(self.method, self.train, self.held_out, steps)
         before = self._listen()
         is_quiet = not self.fabric.is_global_zero
         try:
@@ -131,7 +118,7 @@ class Pretraining:
                         self.history.append(row)
                         monitor.log(self.history, self.held_out)
                         self._picture(monitor)
-                    self.epoch, self.step, self.sums = self.epoch + 1, 0, _empty_sums()
+                    self.epoch, self.step, self.sums = self.epoch + 1, 0, _empty_sums(self.method)
                     self._keep()
         finally:
             self._end_loader()
@@ -149,12 +136,12 @@ class Pretraining:
         is_last = self.epoch + 1 == self.options.epochs
         if self.held_out is not None and (is_last or self.epoch % self.options.picture_every == 0):
             with self.fabric.autocast(), torch.no_grad():
-                monitor.picture(self.model, self.held_out, self.epoch)
+                monitor.picture(self.method, self.held_out, self.epoch)
 
     # ------------------------------------------------------------------------------------------------------- an epoch
 
     def _train_epoch(self, bar: tqdm) -> dict[str, Any]:
-        self.objective.train()
+        self.network.train()
         self.batches.epoch, self.batches.first_step = self.epoch, self.step
         start, waited, first_step = time.perf_counter(), 0.0, self.step
         passes = iter(self.loader)
@@ -172,16 +159,13 @@ class Pretraining:
             "epoch": self.epoch, **means, "learning_rate": self.optimizer.param_groups[0]["lr"], "seconds": seconds,
             "patches_per_second": steps * self.batches.batch_size / seconds if steps else None,
             "data_wait": waited / seconds if steps else None,
-            "temperature": self.align.temperature if self.align else None,
-        }  # fmt: skip
+        } | self.method.measures()  # fmt: skip
 
     def _train_step(self, passes: Iterator) -> float:
         """One optimiser step; the seconds spent waiting for data."""
         options, steps = self.options, self.batches.steps
         key = (options.seed, self.epoch, self.step)
-        masks = draw_masks(
-            self.batches.batch_size, self.tokens, options.mask_ratio, options.is_cross_modal, key
-        )  # of the whole batch, so that they do not depend on the number of GPUs
+        mask = self.method.draw(self.batches.batch_size, key)  # of the whole batch, on any number of GPUs
         rate = learning_rate(self.epoch * steps + self.step, options.epochs * steps,
                              round(options.warmup_epochs * steps), options.learning_rate)  # fmt: skip
         for group in self.optimizer.param_groups:
@@ -193,15 +177,15 @@ class Pretraining:
             image, cases = next(passes)
             waited += time.perf_counter() - start
             is_last = number + 1 == len(self.batches.places)
-            with self.fabric.no_backward_sync(self.objective, enabled=not is_last):
-                loss, losses = self.objective(*self._inputs(image, cases, masks, place))
+            with self.fabric.no_backward_sync(self.network, enabled=not is_last):
+                loss, losses = self.network(*self._inputs(image, cases, mask[place]))
                 self.fabric.backward(loss / len(self.batches.places))
             cases = self.fabric.to_device(cases)
             suspects.append(torch.where(loss.isfinite(), -1 - cases, cases))
             for name, value in losses.items():
                 parts[name] = parts.get(name, 0.0) + value.detach() / len(self.batches.places)
         norm = float(self.fabric.clip_gradients(
-            self.objective, self.optimizer, max_norm=options.clip, error_if_nonfinite=False
+            self.network, self.optimizer, max_norm=options.clip, error_if_nonfinite=False
         ))  # fmt: skip
         self.last = {name: self.fabric.all_reduce(value).item() for name, value in parts.items()}
         self._check(norm, torch.cat(suspects))
@@ -213,22 +197,12 @@ class Pretraining:
             self.sums[name] = (total + value, count + 1)
         return waited
 
-    def _inputs(self, image: Tensor, cases: Tensor, masks: dict[str, Any], place: slice) -> tuple:
-        """Arguments of the objective for one pass."""
-        keep, masked = ({m: self.fabric.to_device(pair[i][place]) for m, pair in masks.items()} for i in (0, 1))
+    def _inputs(self, image: Tensor, cases: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, list[str | None]]:
+        """Arguments of the method for one pass."""
         if self.options.shuffle_partner:
             image[:, 0] = image[:, 0].roll(1, dims=0)  # always the CT, so that the PET keeps its prompt
-        image = self.fabric.to_device(image)
-        if self.align is None:
-            return image, keep, masked
         prompts = [self.train[i].prompt for i in cases.tolist()]
-        ids = torch.tensor([self.prompts.index(p) if p else -1 for p in prompts], device=image.device)
-        if self.options.text_frozen:
-            nothing = torch.zeros_like(next(iter(self.embeddings.values())))
-            text = torch.stack([self.embeddings[p] if p else nothing for p in prompts]).to(image.device)
-        else:
-            text = [p or "" for p in prompts]
-        return image, keep, masked, text, ids
+        return self.fabric.to_device(image), self.fabric.to_device(mask), prompts
 
     def _check(self, norm: float, suspects: Tensor) -> None:
         """Stop before a step that would spoil the weights, on all processes together.
@@ -252,20 +226,9 @@ class Pretraining:
         """The held-out curve, by all processes together."""
         if self.held_out is None:
             return {}
-        self.objective.eval()
-        share = (self.micro, self.fabric, self._leave_if_asked)
+        self.network.eval()
         with self.fabric.autocast():
-            row = evaluate(self.model, self.held_out, self.options.is_cross_modal, *share)
-            if self.align is not None:
-                text = self.embeddings or self._embed_held_out()
-                row |= evaluate_retrieval(self.model, self.align, self.held_out, text, *share)
-        return row
-
-    def _embed_held_out(self) -> dict[str, Tensor]:
-        """Embeddings of the held-out prompts by a text tower that is trained along."""
-        from pretraining.text import embed_prompts
-
-        return embed_prompts(self.objective.module.text_tower, [c.prompt for c in self.held_out.cases if c.prompt])
+            return evaluate(self.method, self.held_out, Share(self.micro, self.fabric, self._leave_if_asked))
 
     # ---------------------------------------------------------------------------------------------------- surroundings
 
@@ -333,7 +296,7 @@ class Pretraining:
 
     def _state(self) -> dict[str, Any]:
         return {
-            "model": self.objective.module.state_dict(), "optimizer": self.optimizer.state_dict(),
+            "model": self.method.state_dict(), "optimizer": self.optimizer.state_dict(),
             "history": self.history, "epoch": self.epoch, "step": self.step, "sums": self.sums,
             "identity": self.identity, "contract": asdict(self._contract()),
         }  # fmt: skip
@@ -361,13 +324,12 @@ class Pretraining:
 
     def _contract(self) -> Contract:
         names, whole = [case.dataset for case in self.cases], self.settings.wholebody
-        return Contract(
-            preset=self.settings.preset, **self.settings.sizes.encoder, token_patch=self.settings.token_patch,
-            grid=whole.grid, patch=whole.patch, k=whole.k, stack=whole.stack, method=self.options.method,
-            text_tower=self.text_tower_name, epochs=self.options.epochs,
-            datasets=[{"name": n, "cases": names.count(n), "licence": c} for n, c in self.licences.items()],
-            left_out_fold=self.fold, software={"python": platform.python_version()} | self.software,
-        )  # fmt: skip
+        return self.method.contract(self.settings, {
+            "grid": whole.grid, "patch": whole.patch, "k": whole.k, "stack": whole.stack,
+            "method": self.options.method, "epochs": self.options.epochs, "left_out_fold": self.fold,
+            "datasets": [{"name": n, "cases": names.count(n), "licence": c} for n, c in self.licences.items()],
+            "software": {"python": platform.python_version()} | self.software,
+        })  # fmt: skip
 
 
 def _start_loading(_: int) -> None:
@@ -377,37 +339,9 @@ def _start_loading(_: int) -> None:
     blosc2.set_nthreads(1)  # a coronal slice is too small for more, and the processes are many
 
 
-def prepare_text(
-    settings: Settings, cases: list[Case], fabric: Fabric
-) -> tuple[TextTower | None, ContextAlign | None, dict[str, Tensor]]:
-    """The text tower, ContextAlign, and the embedding of every prompt where the tower is frozen; nothing without text.
-
-    Raises:
-        UserError: no two cases have different metadata, or the tower cannot be loaded.
-    """
-    options = settings.pretrain
-    if not options.has_text:
-        return None, None, {}
-    from pretraining.context_align import ContextAlign
-    from pretraining.text import embed_prompts, load_tower
-
-    prompts = sorted({case.prompt for case in cases if case.prompt})
-    if not prompts:
-        raise UserError(f"-m {options.method}: no case has metadata to align with; give the converter a clinical.csv "
-                        "and plan again, or say -m fratmae_notext")  # fmt: skip
-    if len(prompts) < 2:
-        raise UserError(f"-m {options.method}: all cases have the same metadata ({prompts[0]!r}), so the text has "
-                        "nothing to tell apart; say -m fratmae_notext")  # fmt: skip
-    with fabric.rank_zero_first(local=True):  # which fetches the weights for its node
-        tower = load_tower(options.text_tower, options.text_weights)
-    torch.manual_seed(options.seed)
-    align = ContextAlign(settings.sizes.embed_dim, tower.dim, temperature=options.temperature)
-    return tower, align, embed_prompts(tower.to(fabric.device), prompts) if options.text_frozen else {}
-
-
-def _empty_sums() -> dict[str, tuple[float, int]]:
-    """Sum and count of each loss (and of the gradient's norm) over the steps of an epoch."""
-    return dict.fromkeys((*MODALITIES, "text", "gradient_norm"), (0.0, 0))
+def _empty_sums(method: Method) -> dict[str, tuple[float, int]]:
+    """Sum and count of each part of the loss (and of the gradient's norm) over the steps of an epoch."""
+    return dict.fromkeys((*method.parts, "gradient_norm"), (0.0, 0))
 
 
 def _mean_error(row: dict[str, Any]) -> float | None:

@@ -21,20 +21,19 @@ def export(state: Mapping[str, Any], folder: Path) -> None:
 
     from nnunet_fratmae.artefact import save_artefact
     from plans.contract import contract_of
+    from pretraining.methods import CLASSES
 
     contract = contract_of(state["contract"] | {"epochs": state["epoch"]})
-    weights = state["model"]
-    aligned = {k: v.cpu().contiguous() for k, v in weights.items() if k.startswith(("context_align.", "text_tower."))}
+    encoders, text = CLASSES[contract.method].exported(state["model"])
     files = {CARD_NAME: model_card(contract, state["history"]).encode()}
-    if aligned:
-        files[ALIGN_NAME] = save(aligned)
+    if text:
+        files[ALIGN_NAME] = save({name: value.cpu().contiguous() for name, value in text.items()})
     with writing_to(folder):
         folder.mkdir(parents=True, exist_ok=True)
     for name, content in files.items():
         with renamed(folder / name) as partial:
             partial.write_bytes(content)
-    start = "fratmae.encoders."
-    save_artefact(folder, {k.removeprefix(start): v for k, v in weights.items() if k.startswith(start)}, contract)
+    save_artefact(folder, encoders, contract)
 
 
 def model_card(contract: Any, history: list[dict[str, Any]]) -> str:
@@ -55,7 +54,7 @@ Two Vision Transformers (CT, PET; width {contract.embed_dim}, depth {contract.de
 epochs with nnunet-fratmae. For research on whole-body PET/CT; not a medical device.
 
 - Input: volumes (B, 1, H, W, D), {contract.axes}; CT in HU and PET in SUVbw, brought to pretraining units by
-  `plans.units.to_units`.
+  `nnunet_fratmae.base.units.to_units`.
 - Patch {list(contract.patch)} voxels of a study resized to {list(contract.grid)}, every {contract.k}. {contract.stack}
   slice; tokens of {list(contract.token_patch)} voxels. `load_pretrained(..., patch_size=(H, W, D))` for any other patch
   of whole tokens.
@@ -78,7 +77,7 @@ Masked MSE in pretraining units, PSNR in dB, cross-modal gain (0: the partner is
 
 ```python
 from nnunet_fratmae.artefact import load_pretrained
-from plans.units import to_units
+from nnunet_fratmae.base.units import to_units
 encoders = load_pretrained("this_folder")                       # "CT" and "PET", alone or both
 tokens = encoders["PET"](to_units("PET", suv))                  # (B, 1 + N, {contract.embed_dim}), CLS first
 maps = encoders["PET"].feature_maps(to_units("PET", suv), {tap_layers(contract.depth)})

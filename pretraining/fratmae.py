@@ -10,18 +10,22 @@ The arms of table 3 are the same network: without ContextAlign, or (MAE) with bo
 each alone, by decoders without cross-attention.
 
 Axes: volumes (B, 1, H, W, D) with H anterior-posterior; tokens (B, N, .) in row-major order of the (H, W, D) grid.
+A block of the mask (pretraining/method.py) is a token.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
+from lightning_fabric import Fabric
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
+from nnunet_fratmae.base.command import UserError
+from nnunet_fratmae.base.units import MODALITIES
 from nnunet_fratmae.networks.vit import (
     LAYER_NORM,
     Attention,
@@ -31,10 +35,15 @@ from nnunet_fratmae.networks.vit import (
     sincos_positions,
     token_grid,
 )
-from plans.units import MODALITIES
+from plans.contract import Contract
+from plans.settings import Settings
+from pretraining.data import Case
+from pretraining.method import Method, generator_of
 
 if TYPE_CHECKING:  # open_clip takes seconds to import, and two of the four arms do without it
     from pretraining.context_align import ContextAlign
+    from pretraining.evaluation import HeldOut, Share
+    from pretraining.text import TextTower
 
 
 def partner(modality: str) -> str:
@@ -45,15 +54,18 @@ def partner(modality: str) -> str:
 # ---------------------------------------------------------------------------------------------------------- masking
 
 
-def random_masking(batch: int, tokens: int, ratio: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Tokens to keep (B, n) and tokens to mask (B, N - n) of each sample, as ascending indices.
-
-    Exactly `round(ratio * N)` tokens of every sample are masked, uniformly at random; drawn on the CPU, so that a seed
-    gives the same masks on every device.
-    """
+def random_masking(batch: int, tokens: int, ratio: float, generator: torch.Generator) -> Tensor:
+    """(B, N), true for the tokens to mask: exactly `round(ratio * N)` of every sample, uniformly at random."""
     order = torch.rand(batch, tokens, generator=generator).argsort(dim=1)
     masked = round(ratio * tokens)
-    return order[:, masked:].sort(dim=1).values, order[:, :masked].sort(dim=1).values
+    return torch.zeros(batch, tokens, dtype=torch.bool).scatter_(1, order[:, :masked], True)
+
+
+def token_indices(mask: Tensor, masked: int) -> tuple[Tensor, Tensor]:
+    """Tokens to keep (B, N - m) and tokens to mask (B, m) of a mask (B, N) that hides `masked` = m of every sample, as
+    ascending indices."""
+    order = mask.to(torch.uint8).argsort(dim=1, stable=True)
+    return order[:, : mask.shape[1] - masked], order[:, mask.shape[1] - masked :]
 
 
 def patchify(volume: Tensor, token_patch: Sequence[int]) -> Tensor:
@@ -232,40 +244,197 @@ def reconstruction_loss(prediction: Tensor, volume: Tensor, masked: Tensor, toke
     return (prediction.gather(1, index).float() - truth.float()).square().mean()
 
 
-class Objective(nn.Module):
-    """What stage 1 minimises: equation 3 of each masked modality, and equation 4 where there is text."""
+# --------------------------------------------------------------------------------------------------------- the method
+
+
+class FratMAEMethod(Method):
+    """What stage 1 minimises: equation 3 of each masked modality, and equation 4 where there is text.
+
+    Args:
+        mask_ratio: share of a modality's tokens that is masked.
+        is_cross_modal: one modality is masked a step, for the whole batch (paper section 2.1); else both, each alone.
+        align, tower, embeddings, text_weight: ContextAlign, the text tower if it is trained along, the embedding
+            (dim,) of every prompt if it is not, and the weight of equation 4; without text None, None, {}, 0.
+    """
 
     def __init__(
-        self, fratmae: FratMAE, context_align: ContextAlign | None, text_tower: nn.Module | None, text_weight: float
+        self,
+        fratmae: FratMAE,
+        mask_ratio: float,
+        is_cross_modal: bool,
+        align: ContextAlign | None = None,
+        tower: TextTower | None = None,
+        embeddings: Mapping[str, Tensor] | None = None,
+        text_weight: float = 0.0,
     ) -> None:
         super().__init__()
-        self.fratmae, self.context_align, self.text_tower = fratmae, context_align, text_tower
-        self.text_weight = text_weight
+        self.fratmae, self.context_align, self.text_tower = fratmae, align, tower
+        self.embeddings, self.text_weight, self.is_cross_modal = dict(embeddings or {}), text_weight, is_cross_modal
+        self.block, self.parts = fratmae.token_patch, MODALITIES if align is None else (*MODALITIES, "text")
+        self.patch = tuple(n * side for n, side in zip(fratmae.grid, fratmae.token_patch, strict=True))
+        self.mask_ratio, self.masked = mask_ratio, round(mask_ratio * math.prod(fratmae.grid))
+        self.tower_name: str | None = None
+        self.numbers: dict[str, int] = {}  # of the prompts
 
-    def forward(
-        self,
-        image: Tensor,
-        keep: Mapping[str, Tensor],
-        masked: Mapping[str, Tensor],
-        text: Tensor | list[str] | None = None,
-        prompt_ids: Tensor | None = None,
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss and its parts by name (CT and PET: MSE; text: InfoNCE).
+    @classmethod
+    def build(cls, settings: Settings, cases: list[Case], fabric: Fabric) -> FratMAEMethod:
+        options = settings.pretrain
+        tower, align, embeddings = None, None, {}
+        if options.has_text:
+            from pretraining.context_align import prepare_text
 
-        Args:
-            image, keep: as for `FratMAE`; masked: (B, m) indices of the masked tokens of each masked modality.
-            text: embeddings (B, dim) of a frozen text tower, or the prompts themselves for one that is trained.
-            prompt_ids: (B,) the same number for the same prompt, -1 for a case without metadata.
-        """
-        predictions, pet_cls = self.fratmae(image, keep)
+            tower, align, embeddings = prepare_text(settings, cases, fabric)
+        method = cls(
+            build_network(settings), options.mask_ratio, options.is_cross_modal, align,
+            None if options.text_frozen else tower, embeddings, options.text_weight,
+        )  # fmt: skip
+        method.tower_name = None if tower is None else tower.name
+        prompts = sorted({case.prompt for case in cases if case.prompt})
+        method.numbers = {prompt: number for number, prompt in enumerate(prompts)}
+        return method
+
+    @staticmethod
+    def rests(settings: Settings) -> bool:
+        return settings.pretrain.is_cross_modal  # the decoder of the modality that is whole
+
+    def draw(self, batch: int, key: tuple[int, ...]) -> Tensor:
+        generator = generator_of(key)
+        drawn = int(torch.randint(2, (1,), generator=generator))
+        return self._mask(batch, (drawn,) if self.is_cross_modal else (0, 1), generator)
+
+    def fixed_masks(self, count: int) -> dict[str, Tensor]:
+        return {modality: self._mask(count, (number,), torch.Generator().manual_seed(number))
+                for number, modality in enumerate(MODALITIES)}  # fmt: skip
+
+    def _mask(self, batch: int, modalities: Sequence[int], generator: torch.Generator) -> Tensor:
+        mask = torch.zeros(batch, len(MODALITIES), *self.fratmae.grid, dtype=torch.bool)
+        for number in modalities:
+            tokens = random_masking(batch, math.prod(self.fratmae.grid), self.mask_ratio, generator)
+            mask[:, number] = tokens.unflatten(1, self.fratmae.grid)
+        return mask
+
+    def tokens(self, mask: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+        """Of each modality that the mask hides the tokens to keep and to mask, (B, n) and (B, m) indices."""
+        hidden = mask[0].flatten(1).any(1).tolist()
+        return {modality: token_indices(mask[:, number].flatten(1), self.masked)
+                for number, modality in enumerate(MODALITIES) if hidden[number]}  # fmt: skip
+
+    def forward(self, image: Tensor, mask: Tensor, prompts: Sequence[str | None]) -> tuple[Tensor, dict[str, Tensor]]:
+        tokens = self.tokens(mask)
+        predictions, pet_cls = self.fratmae(image, {modality: keep for modality, (keep, _) in tokens.items()})
         losses = {
-            m: reconstruction_loss(prediction, image[:, MODALITIES.index(m)][:, None], masked[m],
-                                   self.fratmae.token_patch)
-            for m, prediction in predictions.items()
+            modality: reconstruction_loss(prediction, image[:, MODALITIES.index(modality)][:, None],
+                                          tokens[modality][1], self.fratmae.token_patch)
+            for modality, prediction in predictions.items()
         }  # fmt: skip
         total = torch.stack(list(losses.values())).mean()
         if self.context_align is not None:
-            embeddings = text if self.text_tower is None else self.text_tower.encode(text)
-            losses["text"] = self.context_align(pet_cls, embeddings, prompt_ids)
+            losses["text"] = self.context_align(pet_cls, *self._text(prompts, image.device))
             total = total + self.text_weight * losses["text"]
         return total, losses
+
+    def _text(self, prompts: Sequence[str | None], device: torch.device) -> tuple[Tensor, Tensor]:
+        """Embeddings (B, dim) of prompts, and their numbers (B,), -1 for a case without metadata."""
+        ids = torch.tensor([self.numbers[p] if p else -1 for p in prompts], device=device)
+        if self.text_tower is not None:
+            return self.text_tower.encode([p or "" for p in prompts]), ids
+        nothing = torch.zeros_like(next(iter(self.embeddings.values())))
+        return torch.stack([self.embeddings[p] if p else nothing for p in prompts]).to(device), ids
+
+    def predict(self, image: Tensor, mask: Tensor) -> Tensor:
+        keep = {modality: tokens[0] for modality, tokens in self.tokens(mask).items()}
+        volumes = image.clone()
+        for modality, prediction in self.fratmae(image, keep)[0].items():
+            volume = unpatchify(prediction.to(image), self.fratmae.grid, self.fratmae.token_patch)
+            volumes[:, MODALITIES.index(modality)] = volume[:, 0]
+        return volumes
+
+    def attention(self, image: Tensor, mask: Tensor) -> dict[str, Any] | None:
+        """Cross-attention of the hottest masked PET token to the tokens of the CT, mean of all blocks and heads."""
+        if not self.is_cross_modal:
+            return None
+        weights: list[Tensor] = []
+        hooks = [
+            block.cross_attention.register_forward_pre_hook(lambda m, args: weights.append(m.weights(*args).mean(1)))
+            for block in self.fratmae.decoders["PET"].blocks
+        ]
+        _, masked = self.tokens(mask)["PET"]
+        self.predict(image, mask)
+        for hook in hooks:
+            hook.remove()
+        mean = torch.stack(weights).mean(0)[0].float().cpu()  # (1 + N, 1 + N), CLS first
+        means = nn.functional.avg_pool3d(image[:1, 1], self.block).flatten().cpu()
+        masked = masked[0].cpu()
+        token = int(masked[means[masked].argmax()])
+        index = torch.unravel_index(torch.tensor(token), self.fratmae.grid)
+        return {
+            "map": mean[1 + token, 1:].reshape(self.fratmae.grid).numpy(),
+            "token": tuple(int(i) for i in index),
+            "token_patch": self.block,
+            "ct": image[0, 0].cpu().numpy(),
+        }
+
+    def measures(self) -> dict[str, float | None]:
+        return {"temperature": None if self.context_align is None else self.context_align.temperature}
+
+    def judge(self, held_out: HeldOut, share: Share) -> dict[str, float]:
+        if self.context_align is None:
+            return {}
+        from pretraining.context_align import evaluate_retrieval
+
+        embeddings = self.embeddings
+        if self.text_tower is not None:
+            from pretraining.text import embed_prompts
+
+            embeddings = embed_prompts(self.text_tower, [case.prompt for case in held_out.cases if case.prompt])
+        return evaluate_retrieval(self.fratmae.encoders["PET"], self.context_align, held_out, embeddings, share)
+
+    def flops(self) -> float:
+        """The matrix products of linear layers, kernels and attention, counted from their shapes, without the text;
+        backwards is taken as twice forwards."""
+        encoder, decoder = self.fratmae.encoders["CT"], self.fratmae.decoders["CT"]
+        tokens, voxels = math.prod(self.fratmae.grid), math.prod(self.block)
+        kept, width, narrow = tokens - self.masked, encoder.cls_token.shape[-1], decoder.mask_token.shape[-1]
+
+        def blocks(depth: int, dim: int, n: int, self_attention: int, cross: int) -> float:
+            # Per block and token: qkv and projection 4 dim^2, attention 2 n dim, MLP 8 dim^2 multiplications
+            return depth * n * ((self_attention + cross) * (4 * dim**2 + 2 * n * dim) + 8 * dim**2)
+
+        embed = sum(blocks(len(encoder.blocks), width, n + 1, 1, 0) + n * voxels * width
+                    for n in ((kept, tokens) if self.is_cross_modal else (kept, kept)))  # fmt: skip
+        has_self = decoder.blocks[0].self_attention is not None
+        decode = blocks(len(decoder.blocks), narrow, tokens + 1, int(has_self), int(self.is_cross_modal))
+        decode += tokens * narrow * (voxels + 2 * width)
+        return 3 * 2.0 * (embed + decode * (1 if self.is_cross_modal else 2))
+
+    def describe(self) -> str:
+        return f"{math.prod(self.fratmae.grid)} tokens of {list(self.block)}, {self.masked} of a modality masked"
+
+    def contract(self, settings: Settings, seen: Mapping[str, Any]) -> Contract:
+        return Contract(preset=settings.preset, **settings.sizes.encoder, token_patch=settings.token_patch,
+                        text_tower=self.tower_name, **seen)  # fmt: skip
+
+    @staticmethod
+    def exported(weights: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        start = "fratmae.encoders."
+        encoders = {name.removeprefix(start): value for name, value in weights.items() if name.startswith(start)}
+        text = {n: value for n, value in weights.items() if n.startswith(("context_align.", "text_tower."))}
+        return encoders, text
+
+
+def build_network(settings: Settings) -> FratMAE:
+    """The network of the settings, with reproducible initial weights.
+
+    Raises:
+        UserError: the share of masked tokens leaves none masked, or none visible.
+    """
+    tokens = math.prod(token_grid(settings.wholebody.patch, settings.token_patch))
+    ratio = settings.pretrain.mask_ratio
+    if not 0 < round(ratio * tokens) < tokens:
+        raise UserError(f"pretrain.mask_ratio={ratio} masks {round(ratio * tokens)} of the {tokens} tokens of a patch; "
+                        "choose one nearer to 0.5")  # fmt: skip
+    torch.manual_seed(settings.pretrain.seed)
+    sizes = settings.sizes
+    decoder = {"dim": sizes.decoder_dim, "depth": sizes.decoder_depth, "num_heads": sizes.decoder_heads}
+    decoder["block"] = settings.pretrain.decoder_block if settings.pretrain.is_cross_modal else "self"
+    return FratMAE(settings.wholebody.patch, settings.token_patch, sizes.encoder, decoder)

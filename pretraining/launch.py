@@ -12,16 +12,17 @@ from lightning_fabric.strategies import DDPStrategy
 from nnunet_fratmae.base.command import UserError
 
 
-def make_fabric(device: str, gpus: int, nodes: int, is_cross_modal: bool) -> Fabric:
+def make_fabric(device: str, gpus: int, nodes: int, weights_rest: bool) -> Fabric:
     """Launched Fabric on `gpus` GPUs (or CPU processes) of each of `nodes` nodes; torchrun and SLURM are found.
+
+    `weights_rest`: as `Method.rests`.
 
     Raises:
         UserError: they started another number of processes, or nobody did on further nodes.
     """
     _check_launcher(gpus, nodes)
     is_bf16 = device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    # The decoder of the modality that is whole rests in a step
-    ddp = DDPStrategy(find_unused_parameters=is_cross_modal, broadcast_buffers=False)
+    ddp = DDPStrategy(find_unused_parameters=weights_rest, broadcast_buffers=False)
     try:
         fabric = Fabric(
             accelerator=device, devices=gpus, num_nodes=nodes, strategy=ddp if gpus * nodes > 1 else "auto",

@@ -15,12 +15,14 @@ from nnunet_fratmae.base.command import (
     nnunet_folder,
     run_command,
 )
-from plans.extension import choose_sizes, find_channels, find_modalities, lost_to_pretraining
+from plans.channels import find_channels, find_modalities
 from plans.fields import require
+from plans.front_door import lost_to_pretraining
 from plans.preprocessed import PLANS_NAME, validation_cases
 from plans.reader import check_whole_body, load_plans
 from plans.settings import METHODS, STACKS, Pretrain, Settings, add_arguments, override
 from plans.staging import split_unsegmented
+from plans.vit_pair import choose_sizes
 
 RUN_NAME = f"FratMAEPretraining__{PLANS_NAME}__wholebody"
 
@@ -60,6 +62,7 @@ def _run(args: argparse.Namespace) -> None:
     from pretraining.data import list_cases
     from pretraining.engine import Pretraining
     from pretraining.launch import make_fabric
+    from pretraining.methods import CLASSES
 
     check_device(args.device)
     if args.device == "cuda" and args.num_gpus > torch.cuda.device_count():
@@ -71,7 +74,7 @@ def _run(args: argparse.Namespace) -> None:
         patients = {c.patient for c in found if c.patient and c.path.stem in left_out}  # their other studies, too
         cases += [c for c in found if c.path.stem not in left_out and c.patient not in patients]
     licences = {p.name: dataset_json.get("licence") for p, (_, dataset_json) in zip(datasets, loaded, strict=True)}
-    fabric = make_fabric(args.device, args.num_gpus, args.num_nodes, settings.pretrain.is_cross_modal)
+    fabric = make_fabric(args.device, args.num_gpus, args.num_nodes, CLASSES[settings.pretrain.method].rests(settings))
     try:
         Pretraining(folder, settings, cases, licences, args.f, fabric, args.c).run()
     except BaseException as error:

@@ -1,4 +1,4 @@
-"""The recipe of stage 1 (paper section 2.4): network, optimiser groups, learning rate, masks, batches."""
+"""The recipe of stage 1 (paper section 2.4): optimiser groups, learning rate, held-out cases, batches."""
 
 from __future__ import annotations
 
@@ -7,37 +7,16 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from nnunet_fratmae.base.command import UserError
-from nnunet_fratmae.networks.vit import is_decayed, token_grid
+from nnunet_fratmae.networks.vit import is_decayed
 from plans.settings import Pretrain, Settings
-from plans.units import MODALITIES
 from pretraining.data import Case
-from pretraining.fratmae import FratMAE, random_masking
 
 BETAS = (0.9, 0.95)  # MAE of He et al., appendix A
 ONE_GPU, ALL_GPUS = "on one GPU", "on all GPUs together"
 STEPS_OF_AN_EPOCH = 50  # at least, where patches_per_case is left open; 1,292 cases in batches of 24 are 54
-
-
-def build_model(settings: Settings) -> FratMAE:
-    """The network of the settings, with reproducible initial weights.
-
-    Raises:
-        UserError: the share of masked tokens leaves none masked, or none visible.
-    """
-    tokens = math.prod(token_grid(settings.wholebody.patch, settings.token_patch))
-    ratio = settings.pretrain.mask_ratio
-    if not 0 < round(ratio * tokens) < tokens:
-        raise UserError(f"pretrain.mask_ratio={ratio} masks {round(ratio * tokens)} of the {tokens} tokens of a patch; "
-                        "choose one nearer to 0.5")  # fmt: skip
-    torch.manual_seed(settings.pretrain.seed)
-    sizes = settings.sizes
-    decoder = {"dim": sizes.decoder_dim, "depth": sizes.decoder_depth, "num_heads": sizes.decoder_heads}
-    decoder["block"] = settings.pretrain.decoder_block if settings.pretrain.is_cross_modal else "self"
-    return FratMAE(settings.wholebody.patch, settings.token_patch, sizes.encoder, decoder)
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -66,21 +45,6 @@ def hold_out(cases: list[Case], share: float, seed: int) -> tuple[list[Case], li
     for case in cases:
         sides[(case.patient or case.name) in held].append(case)
     return sides
-
-
-def draw_masks(
-    batch: int, tokens: int, ratio: float, is_cross_modal: bool, key: tuple[int, ...]
-) -> dict[str, tuple[Tensor, Tensor]]:
-    """Tokens to keep and to mask, (B, n) and (B, m), of each modality that is masked in this step.
-
-    One modality, drawn at random for the whole batch (paper section 2.1), or both where each is reconstructed alone.
-    The same for the same key.
-    """
-    seed = int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1)
-    generator = torch.Generator().manual_seed(seed)
-    drawn = MODALITIES[int(torch.randint(2, (1,), generator=generator))]
-    modalities = (drawn,) if is_cross_modal else MODALITIES
-    return {modality: random_masking(batch, tokens, ratio, generator) for modality in modalities}
 
 
 def choose_patches(settings: Settings, cases: int) -> Settings:

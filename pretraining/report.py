@@ -11,8 +11,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from nnunet_fratmae.base.units import PRETRAINING_UNITS
 from nnUNet_raw_conversion.pictures import HU_WINDOW, SUV_WINDOW, name_sides, save_figure
-from plans.units import PRETRAINING_UNITS
 
 SHOWN = {"CT": ("gray", *HU_WINDOW), "PET": ("gray_r", *SUV_WINDOW)}
 COLOURS = {"CT": "tab:blue", "PET": "tab:red"}

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from tests.helpers import commands
 
 SETTINGS = [
     "token_patch=[8,16,16]", "finetune.patch=[16,32,48]", "finetune.batch_size=2", "finetune.epochs=1",
@@ -44,15 +43,9 @@ class Workspace:
 
     def run(self, command: str, expect: int = 0, **variables: str) -> str:
         """Run a command line of this environment as a user does; its output (stdout and stderr)."""
-        program, *arguments = command.split()
-        program = shutil.which(program, path=str(Path(sys.executable).parent)) or program
         clean = {k: v for k, v in os.environ.items() if k != "FRATMAE_PRETRAINED"}
-        environment = {**clean, **self.variables, **variables}
-        done = subprocess.run(
-            [program, *arguments], env=environment, capture_output=True, text=True, check=False, encoding="utf-8"
-        )
-        output = done.stdout + done.stderr
-        assert (done.returncode == 0) == (expect == 0), output[-4000:]
+        code, output = commands.run(command.split(), {**clean, **self.variables, **variables})
+        assert (code == 0) == (expect == 0), output[-4000:]
         return output
 
 
@@ -107,7 +100,7 @@ def phantoms(tmp_path_factory) -> Workspace:
     workspace = Workspace(tmp_path_factory.mktemp("phantoms"))
     workspace.run("fratmae_phantom -d 7 -n 6 --seed 1 --spacing 10 11 12")
     workspace.run("fratmae_phantom -d 8 -n 2 --seed 2 --spacing 10 11 12")
-    workspace.run(f"fratmae_plan_and_preprocess -d 7 -preset vit_nano -np 2 --set {' '.join(SETTINGS)}")
+    workspace.run(f"fratmae_plan_and_preprocess -d 7 -preset vit_nano -np 1 --set {' '.join(SETTINGS)}")
     return workspace
 
 

@@ -31,11 +31,12 @@ from safetensors.torch import load_file, save_file
 
 from nnunet_fratmae.artefact import load_encoders, load_pretrained, save_artefact
 from nnunet_fratmae.base.command import UserError
+from nnunet_fratmae.base.units import PRETRAINING_UNITS, to_units
 from nnunet_fratmae.networks.vit import ViTEncoder, dual_encoders
 from nnunet_fratmae.trainer import prepare_plans
 from plans.extension import extend_plans
+from plans.front_door import intensity_properties
 from plans.settings import PRESETS, Settings
-from plans.units import PRETRAINING_UNITS, intensity_properties, to_units
 from tests.test_plans import contract, stock_plans
 
 TOKEN, PATCH = (4, 8, 8), (8, 24, 16)  # a grid of 2 x 3 x 2 tokens

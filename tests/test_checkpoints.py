@@ -17,7 +17,7 @@ from nnunet_fratmae.base.locks import LOCK_NAME, alone_in
 from nnunet_fratmae.checkpoints import BEST, FINAL, LATEST, PREVIOUS
 from nnunet_fratmae.ending import one_line
 from nnunet_fratmae.trainer import FratMAETrainer
-from pretraining.data import Case, read_patch
+from plans.store import Study
 from tests.test_trainer import batch
 
 
@@ -217,7 +217,7 @@ def test_a_damaged_case_ends_a_training_with_its_name(tmp_path, capsys):
     assert "\n" not in str(error.value) and "print statements" not in str(error.value)
     window = (slice(0, 8), slice(0, 24), slice(0, 40))
     with pytest.raises(UserError, match="b.b2nd: is damaged or cut off"):
-        read_patch(Case(cut, "b", (0, 1)), window)
+        Study(cut, "b", (0, 1)).read_window(window)
 
 
 def test_a_killed_worker_is_called_one(tmp_path):

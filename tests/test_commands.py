@@ -83,7 +83,7 @@ def test_the_plan_does_not_hang_on_how_images_lie(phantoms):
     del dataset_json["overwrite_image_reader_writer"]
     (raw / "dataset.json").write_text(json.dumps(dataset_json), encoding="utf-8")
     sizes = [sitk.ReadImage(str(path)).GetSize() for path in (source / "labelsTr").iterdir()]  # x, y, z
-    phantoms.run(f"fratmae_plan_and_preprocess -d 13 -preset vit_nano -np 2 --set {' '.join(SETTINGS)}")
+    phantoms.run(f"fratmae_plan_and_preprocess -d 13 -preset vit_nano -np 1 --set {' '.join(SETTINGS)}")
     plans = json.loads(
         (phantoms.preprocessed / "Dataset013_Permuted" / "FratMAEPlans.json").read_text(encoding="utf-8")
     )

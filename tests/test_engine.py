@@ -200,10 +200,10 @@ def test_a_loss_that_is_not_finite_names_the_cases_and_keeps_the_last_weights(tm
     bad = start(tmp_path / "out", cases, epochs=3)
     original, victim = bad._inputs, bad.train[2].name
 
-    def poisoned(image, numbers, masks, place):
+    def poisoned(image, numbers, mask):
         if bad.epoch == 1:
             image[numbers == 2] = np.nan
-        return original(image, numbers, masks, place)
+        return original(image, numbers, mask)
 
     bad._inputs = poisoned
     with pytest.raises(UserError, match=f"the loss is nan in epoch 1.*{victim}.*weights are in checkpoint_latest"):
@@ -214,11 +214,11 @@ def test_a_loss_that_is_not_finite_names_the_cases_and_keeps_the_last_weights(tm
 
 def test_a_gradient_that_is_not_finite_stops_the_run_before_the_weights_are_spoilt(tmp_path, cases):
     bad = start(tmp_path / "out", cases)
-    before = {name: value.clone() for name, value in bad.model.state_dict().items()}
+    before = {name: value.clone() for name, value in bad.method.state_dict().items()}
     bad.fabric.clip_gradients = lambda *_, **__: torch.tensor(torch.inf)
     with pytest.raises(UserError, match="the gradient's norm is inf in epoch 0, step 0, with the cases Dataset001_Toy"):
         bad.run()
-    assert all(torch.equal(value, before[name]) for name, value in bad.model.state_dict().items())
+    assert all(torch.equal(value, before[name]) for name, value in bad.method.state_dict().items())
 
 
 def test_an_error_leaves_no_loading_process_behind(tmp_path, cases, monkeypatch):
@@ -449,7 +449,7 @@ def test_weights_at_the_start_follow_the_seed(tmp_path, cases, monkeypatch):
     monkeypatch.setattr("pretraining.text.load_tower", lambda tower, weights: StubTower())
     told = [replace(c, prompt=f"<tracer> {i % 2}") for i, c in enumerate(cases)]
     runs = [start(tmp_path, told, method="fratmae", seed=seed) for seed in (3, 3, 4)]
-    first, again, other = (begun.objective.state_dict() for begun in runs)
+    first, again, other = (begun.method.state_dict() for begun in runs)
     assert all(torch.equal(value, again[name]) for name, value in first.items())
     for name in ("context_align.pet_projection.weight", "fratmae.encoders.CT.cls_token"):
         assert not torch.equal(first[name], other[name])

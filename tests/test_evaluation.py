@@ -13,11 +13,14 @@ from hypothesis import strategies as st
 from lightning_fabric import Fabric
 from torch import nn
 
+from nnunet_fratmae.base.units import MODALITIES
 from plans.settings import Pretrain, Settings, WholeBody
+from pretraining.context_align import evaluate_retrieval
 from pretraining.data import Case
-from pretraining.evaluation import HeldOut, evaluate, evaluate_retrieval, guesses, share_cases, token_mask
-from pretraining.fratmae import patchify, random_masking
-from pretraining.monitor import Monitor, flops_per_patch
+from pretraining.evaluation import HeldOut, Share, evaluate, guesses
+from pretraining.fratmae import random_masking
+from pretraining.method import voxel_mask
+from pretraining.monitor import Monitor
 
 PATCH, TOKEN = (8, 16, 24), (4, 8, 8)  # a grid of 2 x 2 x 3 tokens
 ALONE = Fabric(accelerator="cpu", devices=1)
@@ -26,28 +29,36 @@ ALONE = Fabric(accelerator="cpu", devices=1)
 class Stub(nn.Module):
     """Answers with the partner's voxels, times a factor."""
 
-    token_patch, factor = TOKEN, 1.0
+    block, factor, is_cross_modal = TOKEN, 1.0, True
 
-    def forward(self, image, keep):
-        (modality,) = keep
-        partner = image[:, :1] if modality == "PET" else image[:, 1:]
-        return {modality: self.factor * patchify(partner, TOKEN)}, None
+    def predict(self, image, mask):
+        return self.factor * image.flip(1)
+
+    def judge(self, held_out, share):
+        return {}
 
 
 def held_out(images: torch.Tensor, prompts=None) -> HeldOut:
     cases = [Case(None, f"D/{i}", (0, 1), prompts and prompts[i]) for i in range(len(images))]
-    generators = {m: torch.Generator().manual_seed(i) for i, m in enumerate(("CT", "PET"))}
-    masks = {m: random_masking(len(images), 12, 0.5, generator) for m, generator in generators.items()}
-    return HeldOut(cases, images, {m: k for m, (k, _) in masks.items()}, {m: x for m, (_, x) in masks.items()}, {})
+    masks = {}
+    for number, modality in enumerate(MODALITIES):
+        masks[modality] = torch.zeros(len(images), 2, 2, 2, 3, dtype=torch.bool)
+        masks[modality][:, number] = blocks(len(images), number)
+    return HeldOut(cases, images, masks, {})
+
+
+def blocks(count: int, seed: int) -> torch.Tensor:
+    """Half of the blocks of each of some volumes, (count, h, w, d)."""
+    return random_masking(count, 12, 0.5, torch.Generator().manual_seed(seed)).unflatten(1, (2, 2, 3))
 
 
 def test_error_psnr_and_gain_match_a_reference():
     torch.manual_seed(0)
     ct = torch.randn(3, 1, *PATCH)
     cases = held_out(torch.cat([ct, ct + 0.1 * torch.randn_like(ct)], 1))
-    row = evaluate(Stub(), cases, True, 2, ALONE)  # a pass of two cases and one of one
+    row = evaluate(Stub(), cases, Share(2, ALONE))  # a pass of two cases and one of one
     for number, (modality, peak) in enumerate((("CT", 2524 / 500), ("PET", 12.5))):
-        masked = token_mask(cases.images[:, :1], cases.masked[modality], TOKEN)[:, 0]
+        masked = voxel_mask(cases.masks[modality][:, number], TOKEN)
         own = np.mean([float((cases.images[i, 0] - cases.images[i, 1])[masked[i]].square().mean()) for i in range(3)])
         other = np.mean([
             float((cases.images[i, number] - cases.images[(i + 1) % 3, 1 - number])[masked[i]].square().mean())
@@ -61,13 +72,14 @@ def test_error_psnr_and_gain_match_a_reference():
 def test_a_network_that_ignores_the_partner_has_no_gain():
     stub = Stub()
     stub.factor = 0.0
-    row = evaluate(stub, held_out(torch.randn(3, 2, *PATCH)), True, 3, ALONE)
+    row = evaluate(stub, held_out(torch.randn(3, 2, *PATCH)), Share(3, ALONE))
     assert row["gain_CT"] == row["gain_PET"] == 0
-    assert "gain_CT" not in evaluate(stub, held_out(torch.randn(3, 2, *PATCH)), False, 3, ALONE)
+    stub.is_cross_modal = False
+    assert "gain_CT" not in evaluate(stub, held_out(torch.randn(3, 2, *PATCH)), Share(3, ALONE))
 
 
 def test_a_perfect_reconstruction_has_no_psnr_and_no_gain():
-    row = evaluate(Stub(), held_out(torch.ones(3, 2, *PATCH)), True, 2, ALONE)
+    row = evaluate(Stub(), held_out(torch.ones(3, 2, *PATCH)), Share(2, ALONE))
     assert row == {f"{name}_{m}": value for m in ("CT", "PET")
                    for name, value in (("held_out", 0), ("psnr", None), ("gain", None))}  # fmt: skip
 
@@ -85,7 +97,7 @@ def test_cases_are_shared_in_passes_among_all_processes(count, batch, world):
     for rank in range(world):
         fabric = SimpleNamespace(device="cpu", global_rank=rank, world_size=world, all_reduce=lambda x, reduce_op: x)
         begun = len(pauses)
-        parts.append(share_cases(compute, count, 2, batch, fabric, lambda: pauses.append(0)))
+        parts.append(Share(batch, fabric, lambda: pauses.append(0)).rows(compute, count, 2))
         assert len(pauses) - begun == math.ceil(math.ceil(count / batch) / world)
     assert sorted(seen) == list(range(count))
     assert sum(parts).tolist() == [[i, i**2] for i in range(count)]
@@ -99,24 +111,22 @@ def test_mfu_is_of_exactly_this_device(name, peak, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: name)
     fabric = SimpleNamespace(device=torch.device("cuda"), world_size=2)
     settings = Settings(preset="vit_tiny", token_patch=TOKEN, wholebody=WholeBody(grid=PATCH, patch=PATCH, k=1))
-    assert Monitor(tmp_path, settings, fabric, False).peak == (peak and pytest.approx(2 * peak * 1e12, rel=1e-3))
+    assert Monitor(tmp_path, settings, 1.0, fabric, False).peak == (peak and pytest.approx(2 * peak * 1e12, rel=1e-3))
 
 
 def test_the_stranger_is_another_patient():
     cases = [Case(None, f"D/{i}", (0, 1), None, patient) for i, patient in enumerate(("D/a", "D/a", None, "D/b"))]
-    assert HeldOut(cases, None, {}, {}, {}).strangers == [2, 2, 3, 0]
-    assert HeldOut(cases[:2], None, {}, {}, {}).strangers == [None, None]
+    assert HeldOut(cases, None, {}, {}).strangers == [2, 2, 3, 0]
+    assert HeldOut(cases[:2], None, {}, {}).strangers == [None, None]
 
 
 def test_guesses_match_a_reference():
     torch.manual_seed(0)
-    volumes = torch.randn(2, 1, *PATCH)
-    _, masked = random_masking(2, 12, 0.5, torch.Generator().manual_seed(3))
-    found = guesses(volumes, masked, TOKEN).double()
+    volumes, masks = torch.randn(2, *PATCH), voxel_mask(blocks(2, 3), TOKEN)
+    found, mask = guesses(volumes, masks).double(), masks.numpy()
     assert found.shape == (2, 2)
-    mask = token_mask(volumes, masked, TOKEN)[:, 0].numpy()
     mean, copy = [], []
-    for volume, gaps in zip(volumes[:, 0].numpy(), mask, strict=True):
+    for volume, gaps in zip(volumes.numpy(), mask, strict=True):
         mean.append(np.mean((volume[gaps] - volume[~gaps].mean()) ** 2))
         visible, hidden = np.argwhere(~gaps), np.argwhere(gaps)
         distance = ((hidden[:, None] - visible[None]) ** 2).sum(-1)
@@ -129,12 +139,13 @@ def test_guesses_match_a_reference():
     assert (low <= found[:, 1].numpy() + 1e-6).all() and (found[:, 1].numpy() <= high + 1e-6).all()
 
 
-def test_token_mask_marks_exactly_the_masked_tokens():
-    masked = torch.tensor([[0, 7, 11]])
+def test_a_voxel_mask_marks_exactly_the_masked_blocks():
+    masked = torch.zeros(1, 1, 12, dtype=torch.bool)
+    masked[..., [0, 7, 11]] = True
     expected = np.zeros(PATCH, bool)
     for h, w, d in ((0, 0, 0), (1, 0, 1), (1, 1, 2)):
         expected[4 * h : 4 * h + 4, 8 * w : 8 * w + 8, 8 * d : 8 * d + 8] = True
-    np.testing.assert_array_equal(token_mask(torch.zeros(1, 1, *PATCH), masked, TOKEN)[0, 0], expected)
+    np.testing.assert_array_equal(voxel_mask(masked.unflatten(2, (2, 2, 3)), TOKEN)[0, 0], expected)
 
 
 class Align:
@@ -154,28 +165,29 @@ class MeanEncoder(nn.Module):
 
 
 def test_retrieval_finds_the_prompt_of_each_case():
-    model = nn.Module()
-    model.encoders = nn.ModuleDict({"PET": MeanEncoder()})
     images = torch.zeros(4, 2, *PATCH)
     images[:2, 1] = 1.0
     text = {"FDG": torch.tensor([1.0, 0.0]), "PSMA": torch.tensor([0.0, 1.0])}
-    row = evaluate_retrieval(model, Align, held_out(images, ["FDG", "FDG", "PSMA", None]), text, 2, ALONE)
+    row = evaluate_retrieval(
+        MeanEncoder(), Align, held_out(images, ["FDG", "FDG", "PSMA", None]), text, Share(2, ALONE)
+    )
     assert row["retrieval_top1"] == 1 and row["retrieval_chance1"] == 0.5
-    row = evaluate_retrieval(model, Align, held_out(images, ["FDG", "PSMA", "PSMA", None]), text, 1, ALONE)
+    row = evaluate_retrieval(
+        MeanEncoder(), Align, held_out(images, ["FDG", "PSMA", "PSMA", None]), text, Share(1, ALONE)
+    )
     assert row["retrieval_top1"] == pytest.approx(2 / 3)
-    assert evaluate_retrieval(model, Align, held_out(images, ["FDG"] * 4), text, 2, ALONE) == {}
+    assert evaluate_retrieval(MeanEncoder(), Align, held_out(images, ["FDG"] * 4), text, Share(2, ALONE)) == {}
 
 
 @pytest.mark.parametrize("method", ["fratmae_notext", "mae"])
 def test_flops_are_those_that_torch_counts(method):
     from torch.utils.flop_counter import FlopCounterMode
 
-    from pretraining.recipe import build_model, draw_masks
+    from pretraining.methods import CLASSES
 
     whole = WholeBody(grid=(32, 64, 96), patch=(16, 64, 96), k=2)
     settings = Settings(preset="vit_tiny", token_patch=(4, 8, 8), wholebody=whole, pretrain=Pretrain(method=method))
-    model = build_model(settings)
-    keep = {m: k for m, (k, _) in draw_masks(1, 384, 0.5, method != "mae", (0,)).items()}
+    ours = CLASSES[method].build(settings, [], ALONE)
     with FlopCounterMode(display=False) as counter, torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
-        model(torch.zeros(1, 2, *whole.patch), keep)
-    assert flops_per_patch(settings) == pytest.approx(3 * counter.get_total_flops(), rel=0.03)
+        ours.predict(torch.zeros(1, 2, *whole.patch), ours.draw(1, (0,)))
+    assert ours.flops() == pytest.approx(3 * counter.get_total_flops(), rel=0.03)

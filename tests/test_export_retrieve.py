@@ -14,8 +14,8 @@ from torch.nn.functional import normalize
 
 from nnunet_fratmae.artefact import load_pretrained
 from nnunet_fratmae.base.command import UserError
+from nnunet_fratmae.base.units import to_units
 from nnUNet_raw_conversion.clinical import ClinicalRecord
-from plans.units import to_units
 from pretraining.retrieve import candidates, classify, scores
 
 

@@ -14,7 +14,7 @@ from nnunet_fratmae.base.command import UserError
 from plans.dataset_checks import check_studies
 from plans.dataset_json import check_dataset_json, read_dataset_json
 from plans.preprocessed import check_fold, check_replaceable, check_split_cases, planning, read_splits, replaced
-from plans.wholebody import list_studies
+from plans.store import list_raw_studies
 from tests.test_plans import DATASET_JSON
 
 SHAPE = (7, 5, 6)  # z, y, x
@@ -54,7 +54,7 @@ def dataset(folder: Path, description=DATASET, labels=None, ct=None, cases=("a",
 
 def check(raw: Path) -> None:
     description = read_dataset_json(raw / "dataset.json")
-    check_studies(raw, list_studies(raw, description), description, 1)
+    check_studies(raw, list_raw_studies(raw, description), description, 1)
 
 
 ORDER = {"regions_class_order": [1, 2]}

@@ -13,14 +13,16 @@ from pretraining.fratmae import (
     CrossAttention,
     DecoderBlock,
     FratMAE,
-    Objective,
+    FratMAEMethod,
     partner,
     patchify,
     random_masking,
     reconstruction_loss,
+    token_indices,
     unpatchify,
 )
-from pretraining.recipe import draw_masks, hold_out, learning_rate, parameter_groups
+from pretraining.method import masked_errors, voxel_mask
+from pretraining.recipe import hold_out, learning_rate, parameter_groups
 
 PATCH, TOKEN = (8, 24, 32), (4, 8, 8)  # a grid of 2 x 3 x 4 tokens
 ENCODER = {"embed_dim": 24, "depth": 2, "num_heads": 2}
@@ -32,19 +34,32 @@ def model() -> FratMAE:
     return FratMAE(PATCH, TOKEN, ENCODER, DECODER).eval()
 
 
+def method(block: str = "cross_self") -> FratMAEMethod:
+    torch.manual_seed(0)
+    net = FratMAE(PATCH, TOKEN, ENCODER, {**DECODER, "block": block})
+    return FratMAEMethod(net, 0.5, is_cross_modal=block != "self")
+
+
+def tokens(batch: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Half of the 24 tokens of each sample to keep, half to mask."""
+    return token_indices(random_masking(batch, 24, 0.5, torch.Generator().manual_seed(seed)), 12)
+
+
 @settings(deadline=None, max_examples=40)
 @given(st.integers(1, 5), st.integers(2, 60), st.floats(0.1, 0.9), st.integers(0, 2**31))
 def test_masking_is_exact_and_complete(batch, tokens, ratio, seed):
-    keep, masked = random_masking(batch, tokens, ratio, torch.Generator().manual_seed(seed))
-    assert masked.shape == (batch, round(ratio * tokens))
+    mask = random_masking(batch, tokens, ratio, torch.Generator().manual_seed(seed))
+    assert mask.shape == (batch, tokens) and mask.sum(1).tolist() == [round(ratio * tokens)] * batch
+    keep, masked = token_indices(mask, round(ratio * tokens))
+    assert torch.equal(torch.zeros_like(mask).scatter(1, masked, True), mask)
+    assert all(row.tolist() == sorted(row.tolist()) for row in (*keep, *masked))
     for row in torch.cat([keep, masked], dim=1):
         assert sorted(row.tolist()) == list(range(tokens))
 
 
 def test_masks_differ_between_samples_and_are_uniform():
-    keep, masked = random_masking(4000, 10, 0.5, torch.Generator().manual_seed(1))
-    counts = np.bincount(masked.flatten(), minlength=10) / 4000
-    np.testing.assert_allclose(counts, 0.5, atol=0.04)
+    mask = random_masking(4000, 10, 0.5, torch.Generator().manual_seed(1))
+    np.testing.assert_allclose(mask.float().mean(0), 0.5, atol=0.04)
 
 
 def test_patchify_matches_a_reference_loop():
@@ -63,7 +78,7 @@ def test_patchify_matches_a_reference_loop():
 def test_loss_is_on_exactly_the_masked_voxels():
     torch.manual_seed(0)
     volume, prediction = torch.randn(2, 1, *PATCH), torch.randn(2, 24, 4 * 8 * 8)
-    _, masked = random_masking(2, 24, 0.5, torch.Generator().manual_seed(3))
+    _, masked = tokens(2, 3)
     picture = unpatchify(prediction, (2, 3, 4), TOKEN)
     total, count = 0.0, 0
     for b in range(2):
@@ -81,7 +96,7 @@ def test_hidden_voxels_do_not_leak_but_the_partner_is_seen_whole(modality):
     """The prediction of S ignores the voxels of S that are masked, and looks at every voxel of the other modality."""
     net, image = model(), torch.randn(1, 2, *PATCH)
     channel = {"CT": 0, "PET": 1}[modality]
-    keep, masked = random_masking(1, 24, 0.5, torch.Generator().manual_seed(5))
+    keep, masked = tokens(1, 5)
     reference = net(image, {modality: keep})[0][modality]
     hidden = patchify(image[:, channel : channel + 1], TOKEN).clone()
     hidden[0, masked[0]] += 10
@@ -99,7 +114,7 @@ def test_hidden_voxels_do_not_leak_but_the_partner_is_seen_whole(modality):
 @pytest.mark.parametrize("modality", ["CT", "PET"])
 def test_gradients_reach_both_encoders_and_the_decoder_of_the_masked_modality_only(modality):
     net = model().train()
-    keep, masked = random_masking(2, 24, 0.5, torch.Generator().manual_seed(5))
+    keep, masked = tokens(2, 5)
     image = torch.randn(2, 2, *PATCH)
     reconstruction_loss(net(image, {modality: keep})[0][modality], image[:, :1], masked, TOKEN).backward()
     idle = {name.split(".")[0] + "." + name.split(".")[1] for name, p in net.named_parameters() if p.grad is None}
@@ -151,42 +166,52 @@ def test_visible_tokens_keep_their_place_in_the_decoder():
 
 
 def test_both_modalities_are_drawn_and_a_key_repeats():
-    draws = [draw_masks(2, 24, 0.5, True, (0, 0, step)) for step in range(60)]
-    assert all(len(draw) == 1 for draw in draws) and 15 < sum("PET" in draw for draw in draws) < 45
-    again = draw_masks(2, 24, 0.5, True, (0, 0, 7))
-    assert again.keys() == draws[7].keys()
-    for modality, (keep, masked) in again.items():
-        assert torch.equal(keep, draws[7][modality][0]) and torch.equal(masked, draws[7][modality][1])
+    ours = method()
+    draws = [ours.draw(2, (0, 0, step)) for step in range(60)]
+    hidden = torch.stack([draw.flatten(2).sum(2) for draw in draws])  # (steps, B, modality)
+    assert draws[0].shape == (2, 2, 2, 3, 4) and torch.equal(hidden[:, 0], hidden[:, 1])
+    assert set(map(tuple, hidden[:, 0].tolist())) == {(12, 0), (0, 12)} and 15 < (hidden[:, 0, 1] > 0).sum() < 45
+    assert torch.equal(ours.draw(2, (0, 0, 7)), draws[7]) and not torch.equal(draws[7][0], draws[7][1])
 
 
 def test_mae_masks_both_modalities_and_neither_sees_the_other():
-    torch.manual_seed(0)
-    net = FratMAE(PATCH, TOKEN, ENCODER, {**DECODER, "block": "self"}).eval()
-    keep = {m: pair[0] for m, pair in draw_masks(1, 24, 0.5, False, (0,)).items()}
-    assert sorted(keep) == ["CT", "PET"] and not torch.equal(keep["CT"], keep["PET"])
+    mae = method("self").eval()
+    mask = mae.draw(1, (0,))
+    assert mask.flatten(2).sum(2).tolist() == [[12, 12]] and not torch.equal(mask[:, 0], mask[:, 1])
     image = torch.randn(1, 2, *PATCH)
-    reference, _ = net(image, keep)
+    reference = mae.predict(image, mask)
     other = image.clone()
     other[:, 1] += 10
-    changed, _ = net(other, keep)
-    torch.testing.assert_close(changed["CT"], reference["CT"])
-    assert (changed["PET"] - reference["PET"]).abs().max() > 1e-3
-    assert not any("cross" in name or "partner" in name for name, _ in net.named_parameters())
+    changed = mae.predict(other, mask)
+    torch.testing.assert_close(changed[:, 0], reference[:, 0])
+    assert (changed[:, 1] - reference[:, 1]).abs().max() > 1e-3
+    assert not any("cross" in name or "partner" in name for name, _ in mae.named_parameters())
+
+
+def test_what_is_predicted_of_the_masked_voxels_is_what_is_lost():
+    """The loss of tokens is the error of volumes, which all methods are judged by."""
+    ours, image = method().eval(), torch.randn(3, 2, *PATCH)
+    for modality, mask in ours.fixed_masks(3).items():
+        number = {"CT": 0, "PET": 1}[modality]
+        assert mask[:, number].flatten(1).sum(1).tolist() == [12] * 3 and not mask[:, 1 - number].any()
+        _, parts = ours(image, mask, [None] * 3)
+        volumes, voxels = ours.predict(image, mask), voxel_mask(mask, TOKEN)
+        assert voxels.shape == image.shape and torch.equal(volumes[:, 1 - number], image[:, 1 - number])
+        errors = masked_errors(volumes[:, number], image[:, number], voxels[:, number])
+        assert errors.mean().item() == pytest.approx(parts[modality].item(), rel=1e-5)
+    assert all(torch.equal(ours.fixed_masks(3)[m], mask) for m, mask in method().fixed_masks(3).items())
 
 
 @pytest.mark.parametrize("block, is_cross", [("cross_self", True), ("cross", True), ("self", False)])
 def test_no_parameter_is_without_gradient_over_two_steps(block, is_cross):
-    net = FratMAE(PATCH, TOKEN, ENCODER, {**DECODER, "block": block})
-    objective = Objective(net, None, None, 1.0)
+    ours = method(block)
     image = torch.randn(2, 2, *PATCH)
-    for modalities in ((["CT"], ["PET"]) if is_cross else (["CT", "PET"],)):
-        masks = {m: random_masking(2, 24, 0.5, torch.Generator().manual_seed(3)) for m in modalities}
-        keep, masked = ({m: pair[i] for m, pair in masks.items()} for i in (0, 1))
-        loss, parts = objective(image, keep, masked)
-        assert sorted(parts) == sorted(modalities)
-        assert float(loss) == pytest.approx(sum(float(v) for v in parts.values()) / len(parts))
+    for mask in ours.fixed_masks(2).values() if is_cross else [ours.draw(2, (0,))]:
+        loss, parts = ours(image, mask, [None] * 2)
+        assert len(parts) == (1 if is_cross else 2)
+        assert loss.item() == pytest.approx(sum(v.item() for v in parts.values()) / len(parts))
         loss.backward()
-    assert not [name for name, p in objective.named_parameters() if p.grad is None]
+    assert not [name for name, p in ours.named_parameters() if p.grad is None]
 
 
 def test_attention_weights_are_those_of_the_attention():

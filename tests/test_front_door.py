@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
+from nnunet_fratmae.base.units import to_units
 from nnunet_fratmae.networks import front_door
 from nnunet_fratmae.networks.unetr import FratMAEUNETR
-from plans.units import to_units
 
 SIZES = {"patch_size": (16, 32, 48), "token_patch": (8, 16, 16), "embed_dim": 24, "depth": 4, "num_heads": 2,
          "features": 4}  # fmt: skip
@@ -36,7 +36,7 @@ def seen(hu, suv, **options):
 
 
 def warnings_of(batches, capsys, names=("CT", "PET")):
-    door = front_door.FrontDoor(list(names))
+    door = front_door.Watch(list(names))
     for batch in batches:
         door.look(batch)
     lines = capsys.readouterr().err.strip().splitlines()

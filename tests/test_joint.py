@@ -17,9 +17,9 @@ from nnunet_fratmae.networks.vit import ViTEncoder
 from nnunet_fratmae.predict_stage import read_model
 from nnunet_fratmae.stage_data import WeightedCrossEntropy, class_weights
 from nnunet_fratmae.trainer import FratMAETrainer
-from plans.extension import JOINT_NETWORK, NETWORK
 from plans.settings import Settings, override
-from pretraining.data import Batches
+from plans.views import Batches
+from plans.vit_pair import JOINT_NETWORK, NETWORK
 from tests.test_networks import PATCH, SMALL, TOKEN, small_network
 
 STUDY = (12, 16, 40)  # another grid of tokens than that of PATCH, of another number

@@ -24,10 +24,12 @@ from nnunet_fratmae.networks.staging import FratMAEStaging
 from nnunet_fratmae.networks.vit import dual_encoders
 from nnunet_fratmae.staging_trainer import FratMAEStagingTrainer
 from nnunet_fratmae.trainer import FratMAETrainer, check_other_folds, prepare_plans
-from plans.extension import absent_values, extend_plans, find_channels, training_memory
+from plans.channels import find_channels
+from plans.extension import extend_plans
+from plans.front_door import absent_value, absent_values
 from plans.planner import finish_plans
 from plans.settings import PRESETS, Settings, override
-from plans.units import absent_value
+from plans.vit_pair import training_memory
 from pretraining.data import list_cases
 from tests.test_networks import PATCH, SMALL, TOKEN, small_network
 from tests.test_plans import DATASET_JSON, contract, stock_plans

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 
+from nnunet_fratmae.networks.strides import decoder_strides
 from nnunet_fratmae.networks.unetr import FratMAEUNETR
 from nnunet_fratmae.networks.vit import ViTEncoder, sincos_positions, token_grid
-from plans.strides import decoder_strides
 
 PATCH, TOKEN = (8, 24, 32), (4, 8, 8)  # a grid of 2 x 3 x 4 tokens
 SMALL = {"embed_dim": 24, "depth": 4, "num_heads": 2}

@@ -42,7 +42,7 @@ from nnunet_fratmae.nnunet_api import OVERRIDDEN, TESTED, curves, take_resume
 from nnunet_fratmae.staging_trainer import FratMAEStagingTrainer
 from nnunet_fratmae.trainer import FratMAETrainer
 from plans.planner import FratMAEPlanner
-from plans.wholebody import WholeBodyConfiguration
+from plans.store import WholeBodyConfiguration
 from tests.test_plans import DATASET_JSON
 from tests.test_trainer import LABELS, batch
 

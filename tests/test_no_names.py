@@ -196,14 +196,14 @@ def test_datasets_name_nobody(converted):
 
 def test_plans_and_stores_name_nobody(converted):
     workspace, _ = converted
-    said = workspace.run(f"fratmae_plan_and_preprocess -d 7 -preset vit_nano -np 2 --set {' '.join(SETTINGS)}")
+    said = workspace.run(f"fratmae_plan_and_preprocess -d 7 -preset vit_nano -np 1 --set {' '.join(SETTINGS)}")
     assert_nobody_is_named(workspace.preprocessed, outputs=(said,))
 
 
 @pytest.mark.slow
 def test_trainings_name_nobody(converted):
     workspace, _ = converted
-    plan = f"fratmae_plan_and_preprocess -preset vit_nano -np 2 --set {' '.join(SETTINGS)}"
+    plan = f"fratmae_plan_and_preprocess -preset vit_nano -np 1 --set {' '.join(SETTINGS)}"
     folder = workspace.folder / "pretraining"
     said = [
         workspace.run(f"{plan} -d 8"),

@@ -17,12 +17,13 @@ from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIOWithReorient
 from nnunet_fratmae.base.command import UserError
 from nnunet_fratmae.networks.staging import FratMAEJoint
 from nnunet_fratmae.networks.unetr import FratMAEUNETR
-from plans.extension import MIN_TOKENS, choose_sizes, extend_plans, training_memory
+from plans.extension import extend_plans
 from plans.memory import FIXED_GB, GB, step_memory, tally
 from plans.plan_and_preprocess import planned_settings
 from plans.planner import finish_plans, reoriented
 from plans.preprocessed import check_splits
 from plans.settings import PRESETS, Finetune, Settings, Staging
+from plans.vit_pair import MIN_TOKENS, choose_sizes, training_memory
 from tests.test_plans import DATASET_JSON, stock_plans, write_artefact
 
 WHOLE_BODY = (400, 380, 326)  # median (H, W, D) in voxels

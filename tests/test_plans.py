@@ -11,10 +11,13 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from nnunet_fratmae.base.command import UserError
+from nnunet_fratmae.base.units import PRETRAINING_UNITS, units_contract
+from plans.channels import find_modalities
 from plans.contract import Contract, read_contract
-from plans.extension import choose_sizes, extend_plans, find_modalities, follow_artefact, hwd_axes
+from plans.extension import extend_plans
+from plans.front_door import affine_to_units, hwd_axes, intensity_properties
 from plans.settings import Finetune, Settings, override
-from plans.units import PRETRAINING_UNITS, affine_to_units, intensity_properties, units_contract
+from plans.vit_pair import choose_sizes, follow_artefact
 
 DATASET_JSON = {"channel_names": {"0": "CT", "1": "CT"}, "fratmae": {"modalities": ["CT", "PET"]}}
 

@@ -30,7 +30,7 @@ from nnunet_fratmae.stage_metrics import stage_metrics
 from nnunet_fratmae.staging_trainer import FratMAEStagingTrainer, other_bodies
 from plans.settings import Pretrain, Settings, Staging, WholeBody
 from plans.staging import NETWORK, read_cohort, read_labels, staging_plans
-from pretraining.data import Case
+from plans.store import Study
 from pretraining.pretrain import _left_out
 from tests.orientations import store_in_all_orientations
 from tests.test_plans import write_artefact
@@ -284,7 +284,7 @@ def studies(folder: Path) -> list:
     volume = np.empty((2, 12, 24, 32), np.float16)
     volume[0], volume[1] = np.arange(12)[:, None, None] + 1, np.arange(24)[:, None] + 1
     blosc2.asarray(volume, urlpath=str(folder / "a.b2nd"), mode="w")
-    return [(Case(folder / "a.b2nd", "a", (0, 1)), 1)]
+    return [(Study(folder / "a.b2nd", "a", (0, 1)), 1)]
 
 
 def test_validation_takes_the_central_patch_as_it_is(tmp_path):

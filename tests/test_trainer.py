@@ -8,11 +8,11 @@ import torch
 
 from nnunet_fratmae.augmentation import Calibration, ScannerNoise, misalign
 from nnunet_fratmae.base.command import UserError
+from nnunet_fratmae.base.units import to_units
 from nnunet_fratmae.optimization import CosineSchedule, parameter_groups
 from nnunet_fratmae.trainer import FratMAETrainer, prepare_plans
-from plans.extension import hwd_axes
+from plans.front_door import affine_to_units, hwd_axes, intensity_properties
 from plans.settings import Settings, override
-from plans.units import affine_to_units, intensity_properties, to_units
 from tests.test_networks import SMALL, small_network
 from tests.test_plans import DATASET_JSON, stock_plans
 

@@ -1,17 +1,18 @@
-"""What a network is shown in prediction: a warning, once, where it cannot be CT in HU and PET in SUVbw.
+"""The front door that every segmentation network stands behind: axes, channels, physical units, clipping.
 
-nnUNetv2_predict reads whatever files there are, clips and normalises them, and a network answers to anything. It is our
-only place there.
+Whatever plans feed, the network behind it sees CT and PET (or one of them) in pretraining units, and its logits go back
+to the axes of the plans. What the plans' values mean is worked out in plans/front_door.py and stands in plans.json.
 """
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from plans.units import PRETRAINING_UNITS, to_units
+from nnunet_fratmae.base.units import MODALITIES, PRETRAINING_UNITS, to_units
 
 MOST_SATURATED = 0.2  # of the PET seen. A bladder above SUV 25 is a fortieth of a patch, hot kidneys are less
 ROUNDING = 0.01  # of pretraining units, in half precision
@@ -27,8 +28,65 @@ EMPTY_FORWARDS = 1024
 _warned = False
 
 
-class FrontDoor:
-    """Counts, on the device, what a network sees.
+class FrontDoor(nn.Module):
+    """From batches (B, C, *patch) in the plans' axes and normalisation to volumes (B, modalities, H, W, D) in
+    pretraining units, CT before PET, and back; without weights.
+
+    Args:
+        input_channels: channels of the plans.
+        modalities: index of the channel that is CT and of the one that is PET; None: it is not used.
+        axes: the plans' axis that is H, the one that is W, the one that is D.
+        scale, shift: pretraining units = scale * plans' value + shift, for CT and for PET, used or not (DESIGN
+            contract 3).
+        clip: lowest and highest value of CT and of PET in pretraining units, None for one that the plans clip already.
+    """
+
+    def __init__(
+        self,
+        input_channels: int,
+        modalities: Sequence[int | None] = (0, 1),
+        axes: Sequence[int] = (0, 1, 2),
+        scale: Sequence[float] = (1.0, 1.0),
+        shift: Sequence[float] = (0.0, 0.0),
+        clip: Sequence[Sequence[float] | None] = (None, None),
+    ) -> None:
+        super().__init__()
+        if sorted(axes) != [0, 1, 2]:
+            raise ValueError(f"axes {list(axes)} is no permutation of 0, 1, 2")
+        used = [i for i, channel in enumerate(modalities) if channel is not None]
+        channels = [modalities[i] for i in used]
+        if not channels or len(set(channels)) < len(channels) or not set(channels) <= set(range(input_channels)):
+            raise ValueError(f"modalities {list(modalities)} do not name one or two of {input_channels} input channels")
+        self.input_channels, self.channels, self.axes = input_channels, channels, list(axes)
+        self.names = [MODALITIES[i] for i in used]
+        self.register_buffer("scale", torch.tensor(scale)[used].view(1, -1, 1, 1, 1), persistent=False)
+        self.register_buffer("shift", torch.tensor(shift)[used].view(1, -1, 1, 1, 1), persistent=False)
+        bounds = torch.tensor([clip[i] or (-torch.inf, torch.inf) for i in used]).view(1, -1, 1, 1, 1, 2)
+        self.register_buffer("lowest", bounds[..., 0], persistent=False)
+        self.register_buffer("highest", bounds[..., 1], persistent=False)
+        self.watch = Watch(self.names)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[1] != self.input_channels:
+            # SystemExit: nnUNetv2_predict reads whatever files there are, and this is our first place to see them
+            raise SystemExit(f"FratMAE: error: images with {x.shape[1]} channels, the model was trained with "
+                             f"{self.input_channels}; give every case all its files (_0000, _0001), or fill in the "
+                             "missing ones with fratmae_fill_missing")  # fmt: skip
+        image = x[:, self.channels].permute(0, 1, *(axis + 2 for axis in self.axes)) * self.scale + self.shift
+        if not (self.training or torch.compiler.is_compiling() or torch.jit.is_tracing()):
+            self.watch.look(image)
+        return image.clamp(self.lowest, self.highest)
+
+    def back(self, logits: Tensor) -> Tensor:
+        """Logits (B, classes, H, W, D) in the axes of the plans."""
+        return logits.permute(0, 1, *(self.axes.index(axis) + 2 for axis in range(3)))
+
+
+class Watch:
+    """Warns, once, where what a network is shown in prediction cannot be CT in HU and PET in SUVbw.
+
+    nnUNetv2_predict reads whatever files there are, clips and normalises them, and a network answers to anything. It is
+    our only place there. Counting is done on the device.
 
     Args:
         names: of the volumes that it is shown, "CT" and "PET" or one of them.

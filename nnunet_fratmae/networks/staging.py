@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nnunet_fratmae.base.units import MODALITIES
+from nnunet_fratmae.networks.strides import LEVELS
 from nnunet_fratmae.networks.unetr import FratMAEUNETR, tap_layers
 from nnunet_fratmae.networks.vit import LAYER_NORM, dual_encoders, init_transformer, sincos_positions, token_grid
-from plans.strides import LEVELS
-from plans.units import MODALITIES
 
 SUMMARIES = 3  # of a layer's tokens, see `summarise`
 

@@ -15,9 +15,8 @@ from dynamic_network_architectures.building_blocks.residual import BasicBlockD
 from torch import Tensor, nn
 
 from nnunet_fratmae.networks.front_door import FrontDoor
+from nnunet_fratmae.networks.strides import LEVELS, decoder_strides
 from nnunet_fratmae.networks.vit import dual_encoders
-from plans.strides import LEVELS, decoder_strides
-from plans.units import MODALITIES
 
 LESION_PRIOR = 0.01  # probability with which a new network takes a voxel for lesion
 
@@ -108,13 +107,9 @@ class FratMAEUNETR(nn.Module):
         token_patch: (H, W, D) voxels of a token.
         embed_dim, depth, num_heads: of each encoder.
         features: channels of the decoder at full resolution.
-        modalities: index of the channel that is CT and of the one that is PET; None: it is not used.
-        axes: the plans' axis that is H, the one that is W, the one that is D.
-        scale, shift: pretraining units = scale * plans' value + shift, for CT and for PET, used or not (DESIGN
-            contract 3).
-        strides: of the decoder's steps from the tokens to the voxels, deepest first (plans/strides.py); None: those
+        modalities, axes, scale, shift, clip: of the front door.
+        strides: of the decoder's steps from the tokens to the voxels, deepest first (networks/strides.py); None: those
             of isotropic voxels.
-        clip: lowest and highest value of CT and of PET in pretraining units, None for one that the plans clip already.
         deep_supervision: nnU-Net passes it; UNETR has one output, so it must be off (SystemExit with one line).
     """
 
@@ -137,47 +132,26 @@ class FratMAEUNETR(nn.Module):
         deep_supervision: bool = False,
     ) -> None:
         super().__init__()
-        if sorted(axes) != [0, 1, 2]:
-            raise ValueError(f"axes {list(axes)} is no permutation of 0, 1, 2")
-        used = [i for i, channel in enumerate(modalities) if channel is not None]
-        channels = [modalities[i] for i in used]
-        if not channels or len(set(channels)) < len(channels) or not set(channels) <= set(range(input_channels)):
-            raise ValueError(f"modalities {list(modalities)} do not name one or two of {input_channels} input channels")
         if deep_supervision:
             # SystemExit: only nnU-Net's own trainers ask for it, and this is our first place to meet them
             raise SystemExit(f"FratMAE: error: the network of these plans ({type(self).__name__}) is trained by "
                              "-tr FratMAETrainer, classes of whole bodies by -tr FratMAEStagingTrainer; nnU-Net's own "
                              "trainers take their own plans (-p nnUNetPlans)")  # fmt: skip
-        self.input_channels, self.channels, self.axes = input_channels, channels, list(axes)
         self.tap_layers = tap_layers(depth)
-        self.register_buffer("scale", torch.tensor(scale)[used].view(1, -1, 1, 1, 1), persistent=False)
-        self.register_buffer("shift", torch.tensor(shift)[used].view(1, -1, 1, 1, 1), persistent=False)
-        bounds = torch.tensor([clip[i] or (-torch.inf, torch.inf) for i in used]).view(1, -1, 1, 1, 1, 2)
-        self.register_buffer("lowest", bounds[..., 0], persistent=False)
-        self.register_buffer("highest", bounds[..., 1], persistent=False)
-        names = [MODALITIES[i] for i in used]
-        self.front_door = FrontDoor(names)
+        self.front_door = FrontDoor(input_channels, modalities, axes, scale, shift, clip)
+        names = self.front_door.names
         self.encoders = dual_encoders(patch_size, token_patch, embed_dim, depth, num_heads, names)
         # Stock `nnUNetv2_train -pretrained_weights` skips keys with ".seg_layers." and wants all others in the file.
         # All that is not pretrained lives under that name, so an export with the encoders alone is enough for it.
         steps = [tuple(step) for step in strides or decoder_strides(token_patch)]
         if len(steps) != LEVELS or [math.prod(sides) for sides in zip(*steps, strict=True)] != list(token_patch):
             raise ValueError(f"strides {steps} are not {LEVELS} steps that make up the token patch {list(token_patch)}")
-        decoder = UNETRDecoder(len(used), len(used) * embed_dim, steps, features, num_classes)
+        decoder = UNETRDecoder(len(names), len(names) * embed_dim, steps, features, num_classes)
         self.decoder = nn.ModuleDict({"seg_layers": decoder})
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.shape[1] != self.input_channels:
-            # SystemExit: nnUNetv2_predict reads whatever files there are, and this is our first place to see them
-            raise SystemExit(f"FratMAE: error: images with {x.shape[1]} channels, the model was trained with "
-                             f"{self.input_channels}; give every case all its files (_0000, _0001), or fill in the "
-                             "missing ones with fratmae_fill_missing")  # fmt: skip
-        image = x[:, self.channels].permute(0, 1, *(axis + 2 for axis in self.axes)) * self.scale + self.shift
-        if not (self.training or torch.compiler.is_compiling() or torch.jit.is_tracing()):
-            self.front_door.look(image)
-        image = image.clamp(self.lowest, self.highest)
+        image = self.front_door(x)
         volumes = zip(self.encoders.values(), image.split(1, dim=1), strict=True)
         of_encoders = [encoder.feature_maps(volume, self.tap_layers) for encoder, volume in volumes]
         maps = [torch.cat(layer, dim=1) for layer in zip(*of_encoders, strict=True)]
-        logits = self.decoder["seg_layers"](image, maps)
-        return logits.permute(0, 1, *(self.axes.index(axis) + 2 for axis in range(3)))
+        return self.front_door.back(self.decoder["seg_layers"](image, maps))

@@ -10,7 +10,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from plans.units import MODALITIES
+from nnunet_fratmae.base.units import MODALITIES
 
 with warnings.catch_warnings():  # of timm about torch 2.15, at the start of every command; no user can do anything
     warnings.simplefilter("ignore", FutureWarning)

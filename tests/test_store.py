@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
 
 from nnunet_fratmae.base.command import UserError
-from plans.units import PRETRAINING_UNITS
-from plans.wholebody import check_preprocessed, check_units, list_studies, resize_to_grid
+from nnunet_fratmae.base.units import PRETRAINING_UNITS
+from plans.store import check_preprocessed, check_units, list_raw_studies, resize_to_grid
 from pretraining.data import list_cases
 
 
@@ -47,13 +47,13 @@ def test_studies_are_listed_with_and_without_labels(tmp_path):
         (tmp_path / folder).mkdir()
         for name in names:
             (tmp_path / folder / f"{name}.nii.gz").touch()
-    studies = list_studies(tmp_path, dataset_json)
+    studies = list_raw_studies(tmp_path, dataset_json)
     assert {case: labels is not None for case, (_, labels) in studies.items()} == {"a": True, "b": False, "c": False}
     assert all(len(images) == 2 for images, _ in studies.values())
     for channel in ("0000", "0001"):
         (tmp_path / "imagesPt" / f"a_{channel}.nii.gz").touch()
     with pytest.raises(UserError, match="case a is in imagesTr and in imagesPt"):
-        list_studies(tmp_path, dataset_json)
+        list_raw_studies(tmp_path, dataset_json)
 
 
 def test_missing_files_are_named(tmp_path):
@@ -61,10 +61,10 @@ def test_missing_files_are_named(tmp_path):
     (tmp_path / "imagesTr").mkdir()
     (tmp_path / "imagesTr" / "a_0001.nii.gz").touch()
     with pytest.raises(UserError, match="case a has the images a_0001.nii.gz; CT and PET are needed"):
-        list_studies(tmp_path, dataset_json)
+        list_raw_studies(tmp_path, dataset_json)
     (tmp_path / "imagesTr" / "a_0000.nii.gz").touch()
     with pytest.raises(UserError, match="labelsTr/a.nii.gz is not there"):
-        list_studies(tmp_path, dataset_json)
+        list_raw_studies(tmp_path, dataset_json)
 
 
 def test_studies_that_cannot_be_hu_and_suv_are_refused():

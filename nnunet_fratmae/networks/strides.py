@@ -5,8 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from plans.settings import TOKEN_SIDES
-
+TOKEN_SIDES = (1, 2, 4, 8, 16)
 LEVELS = 4
 """Steps of the decoder, and encoder layers that it looks at."""
 POOLED_TOGETHER = 2  # nnU-Net pools the axes whose voxels are shorter than so many of the shortest

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from nnunet_fratmae.base.command import UserError
 from plans.settings import Pretrain, WholeBody
-from pretraining.data import Batches, Case, DiskPatches, MemoryPatches, View, Views, augment, case_weights, read_patch
+from plans.views import Batches, View, Views, augment
+from pretraining.data import Case, DiskPatches, MemoryPatches, case_weights
 
 GRID = (16, 12, 20)
 PLAIN = Pretrain(mirror=False, pet_scale=0.0, ct_shift=0.0)
@@ -38,7 +39,7 @@ def test_a_patch_takes_every_kth_neighbouring_slice_of_the_stack(tmp_path, stack
     axis, firsts = {"coronal": 0, "axial": 2}[stack], set()
     for epoch in range(80):
         view = views((epoch, 0))
-        found = read_patch(case, view.window).numpy()
+        found = case.read_window(view.window).numpy()
         assert found.shape == (2, *patch)
         start = np.unravel_index(int(found[1, 0, 0, 0]), GRID)
         steps = [k if i == axis else 1 for i in range(3)]
@@ -116,7 +117,7 @@ def test_datasets_are_drawn_by_their_weights():
     cases = [Case(Path("x"), f"{name}/{i}", (0, 1)) for name, n in (("A", 90), ("B", 10)) for i in range(n)]
     weights = case_weights(cases, ["A", "B"], (1.0, 3.0))
     views = Views(weights, 100, WholeBody(GRID, (4, 8, 10), 2), Pretrain())
-    drawn = [cases[views((0, i)).case].dataset for i in range(4000)]
+    drawn = [cases[views((0, i)).study].dataset for i in range(4000)]
     assert drawn.count("B") / 4000 == pytest.approx(0.75, abs=0.03)
     assert case_weights(cases, ["A", "B"], None) is None
     with pytest.raises(UserError, match="has 1 weights for 2 datasets"):
@@ -128,4 +129,4 @@ def test_datasets_are_drawn_by_their_weights():
 
 def test_without_weights_every_case_is_drawn_alike():
     views = Views(None, 5, WholeBody(GRID, (4, 8, 10), 2), replace(Pretrain(), patches_per_case=3))
-    assert sorted(views((2, i)).case for i in range(15)) == sorted(list(range(5)) * 3)
+    assert sorted(views((2, i)).study for i in range(15)) == sorted(list(range(5)) * 3)

@@ -1,13 +1,15 @@
-"""The whole-body grid store: every study, labelled or not, resized to one grid (paper section 2.2), read by slices.
+"""The whole-body grid store: every study, labelled or not, resized to one grid (paper section 2.2); writer and reader.
 
 Built on nnU-Net's DefaultPreprocessor (reading, transposition, cropping to nonzero, normalisation) and stored in
 nnU-Net's own file format as float16; a chunk is one coronal slice of one modality, so a patch reads what it uses.
+A stored study is asked for its shape and for a window of its voxels.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -21,14 +23,18 @@ from nnunetv2.utilities.utils import (
     create_lists_from_splitted_dataset_folder,
     get_filenames_of_train_images_and_targets,
 )
+from torch import Tensor
 from torch.nn.functional import interpolate
 from tqdm import tqdm
 
 from nnunet_fratmae.base.command import UserError
 from nnunet_fratmae.base.pool import map_cases
-from plans.extension import channel_modalities, find_channels
-from plans.preprocessed import reading_case, replaced
-from plans.units import PRETRAINING_UNITS
+from nnunet_fratmae.base.units import PRETRAINING_UNITS
+from plans.channels import channel_modalities, find_channels
+from plans.preprocessed import open_case, reading_case, replaced
+
+Window = tuple[slice, slice, slice]
+"""Voxels of a study along (H, W, D), perhaps every k-th."""
 
 MOST_SATURATED = 0.05  # share of a study above the PET's upper limit; hot kidneys and bladder are well below 1 %
 
@@ -64,7 +70,7 @@ class WholeBodyConfiguration(ConfigurationManager):
         return lambda seg, *_: resize_to_grid(seg, self.grid, is_labels=True).astype(seg.dtype)
 
 
-def list_studies(raw: Path, dataset_json: dict[str, Any]) -> dict[str, tuple[list[str], str | None]]:
+def list_raw_studies(raw: Path, dataset_json: dict[str, Any]) -> dict[str, tuple[list[str], str | None]]:
     """Images and label file (None in imagesPt) of every study of a raw dataset, by case id.
 
     Raises:
@@ -168,3 +174,65 @@ def _write_study(
     data, seg, properties = read_study(case, images, labels, plans, dataset_json)
     slice_chunk = (1, 1, *data.shape[2:])
     nnUNetDatasetBlosc2.save_case(data, seg, properties, str(folder / case), chunks=slice_chunk, blocks=slice_chunk)
+
+
+# ------------------------------------------------------------------------------------------------------------- reading
+
+
+@dataclass(frozen=True)
+class Study:
+    """A stored study: its file, its name, and which of its channels are CT and PET."""
+
+    path: Path
+    name: str
+    channels: tuple[int, int]
+
+    @functools.cached_property
+    def shape(self) -> tuple[int, int, int]:
+        """Voxels (H, W, D).
+
+        Raises:
+            UserError: the file is damaged or cut off.
+        """
+        _, h, w, d = open_case(self.path).shape
+        return h, w, d
+
+    def read_window(self, window: Window) -> Tensor:
+        """(2, *window) CT and PET in pretraining units, float32; of a coronal stack only the slices that are used are
+        read.
+
+        Raises:
+            UserError: the file is damaged or cut off.
+        """
+        volume = open_case(self.path)
+        rows, columns, heights = window
+        used = range(rows.start, rows.stop, rows.step or 1)
+        patch = np.empty((2, len(used), *(len(range(s.start, s.stop, s.step or 1)) for s in window[1:])), np.float32)
+        for modality, channel in enumerate(self.channels):
+            for i, row in enumerate(used):  # the chunks are coronal slices
+                with reading_case(self.path):
+                    plane = volume[channel, row, columns.start : columns.stop, heights.start : heights.stop]
+                patch[modality, i] = plane[:: columns.step or 1, :: heights.step or 1]
+        return torch.from_numpy(patch)
+
+    def read_whole(self) -> Tensor:
+        """(2, H, W, D) CT and PET in pretraining units, float16 as stored.
+
+        Raises:
+            UserError: the file is damaged or cut off.
+        """
+        with reading_case(self.path):
+            return torch.from_numpy(open_case(self.path)[:][list(self.channels)])
+
+
+def check_grid(studies: Iterable[Study], grid: Sequence[int]) -> None:
+    """See that studies are on the grid (H, W, D), or patches would be corners of them.
+
+    Raises:
+        UserError: one is not: the plans were edited, or nnU-Net's own preprocessing wrote the store.
+    """
+    for study in studies:
+        if study.shape != tuple(grid):
+            raise UserError(f"{study.path}: has {' x '.join(map(str, study.shape))} voxels, the plans' wholebody.grid "
+                            f"is {' x '.join(map(str, grid))}; write the store anew with fratmae_plan_and_preprocess "
+                            "(nnUNetv2_preprocess does not put studies on a grid)")  # fmt: skip
