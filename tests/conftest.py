@@ -42,9 +42,10 @@ class Workspace:
         }
 
     def run(self, command: str, expect: int = 0, **variables: str) -> str:
-        """Run a command line of this environment as a user does; its output (stdout and stderr)."""
-        clean = {k: v for k, v in os.environ.items() if k != "FRATMAE_PRETRAINED"}
-        code, output = commands.run(command.split(), {**clean, **self.variables, **variables})
+        """Run a command line of this environment as a user does; its output (stdout and stderr). Empty variables are
+        unset."""
+        environment = os.environ | {"FRATMAE_PRETRAINED": ""} | self.variables | variables
+        code, output = commands.run(command.split(), {name: value for name, value in environment.items() if value})
         assert (code == 0) == (expect == 0), output[-4000:]
         return output
 

@@ -1,7 +1,7 @@
 """The way of an nnU-Net user through the stock commands: cross-validation, ensemble, postprocessing, sharing a model.
 
-Every command is typed as in a shell and runs in a process of its own, which is forked from one that has imported torch
-and nnU-Net, since to import them takes longer than all that is done here.
+Every command is typed as in a shell (tests/helpers/commands.py); what is done in Python, or by two processes, runs in
+processes forked from one that has imported torch and nnU-Net.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import os
 import sys
 import traceback
 from collections.abc import Callable
-from importlib.metadata import entry_points
 from pathlib import Path
 from unittest import mock
 
@@ -66,13 +65,6 @@ def in_new_process(log: Path, environment: dict[str, str], function: Callable, *
     os._exit(code)
 
 
-def console(program: str, *arguments: str) -> None:
-    """A console command of this environment."""
-    sys.argv = [program, *arguments]
-    (command,) = entry_points(group="console_scripts", name=program)
-    command.load()()
-
-
 class Desk(Workspace):
     """Where the user sits."""
 
@@ -89,14 +81,6 @@ class Desk(Workspace):
             process = SERVER.Process(target=in_new_process, args=arguments)
             process.start()
         return process
-
-    def run(self, command: str, expect: int = 0, **variables: str) -> str:
-        """The output of a command line, which ends with the exit code `expect`."""
-        process = self.start("command.log", variables, console, *command.split())
-        process.join()
-        output = (self.folder / "command.log").read_text(encoding="utf-8")
-        assert process.exitcode == expect, output[-4000:]
-        return output
 
 
 def segmentation(path: Path) -> np.ndarray:

@@ -2,8 +2,9 @@
 
 Every command of nnU-Net and ours imports torch, seaborn and the like for seven seconds. Here one process imports them
 once and forks for each command; the child runs the very script of the environment's bin folder to its end. Libraries
-that look at nnU-Net's variables when they are imported are left to the child. What hangs on the start of Python itself
-is tested by tests/test_discovery.py with processes of its own.
+that look at nnU-Net's variables when they are imported are left to the child. The workers of commands are forked, too,
+instead of spawned, which is safe as long as torch and ITK have a single thread. What hangs on the start of Python
+itself is tested by tests/test_discovery.py with processes of its own.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import atexit
 import contextlib
 import gc
 import json
+import multiprocessing
 import os
 import runpy
 import signal
@@ -29,7 +31,8 @@ PRELOADED = (
     "safetensors.torch", "batchgeneratorsv2.transforms.base.basic_transform", "rich.progress", "SimpleITK",
     "dynamic_network_architectures.architectures.unet",
 )  # fmt: skip
-OF_THE_START = ("PYTHON", "OMP_", "MKL_", "OPENBLAS_", "LD_")
+SINGLE = {"OMP_NUM_THREADS": "1", "ITK_GLOBAL_DEFAULT_NUMBER_OF_THREADS": "1"}
+OF_THE_START = ("PYTHON", "MKL_", "OPENBLAS_", "LD_")
 """Variables that count when a process starts: a command that is given another one starts by itself."""
 
 
@@ -64,7 +67,8 @@ def _server() -> str:
     global _address
     if _address is None:
         _address = os.path.join(tempfile.mkdtemp(prefix="commands"), "socket")
-        process = subprocess.Popen([sys.executable, __file__, _address], stdout=subprocess.PIPE)
+        command = [sys.executable, __file__, _address]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, env=os.environ | SINGLE)
         if process.stdout.readline() != b"ready\n":
             raise RuntimeError("the server of commands did not start")
     return _address
@@ -112,7 +116,10 @@ def _wait_for_child(connection: socket.socket) -> dict:
 def become(request: dict) -> NoReturn:
     """Be the command that was asked for, down to variables, folder and outputs, and end as it ends."""
     os.environ.clear()
-    os.environ.update(request["environment"])
+    os.environ.update(request["environment"] | SINGLE)
+    fork = multiprocessing.get_context("fork")
+    multiprocessing.get_context = lambda method=None: fork
+    sys.modules["torch"].set_num_threads = lambda number: None
     os.chdir(request["cwd"])
     for number, path in zip((1, 2), request["outputs"], strict=True):
         file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
