@@ -19,9 +19,10 @@ WORKERS = ("background workers", "DataLoader worker")  # what batchgenerators an
 
 
 @contextmanager
-def one_line(trainer: str, folder: Path | str | None = None, stores: Iterable[Path] = (),
-             loaders: Iterable[Any] = ()) -> Iterator[None]:  # fmt: skip
-    """Errors that the user can mend, of the disk and of the processes that load patches become a line (SystemExit).
+def one_line(
+    folder: Path | str | None = None, stores: Iterable[Path] = (), loaders: Iterable[Any] = ()
+) -> Iterator[None]:
+    """Errors of the disk and of the processes that load patches become a UserError of one line.
 
     Args:
         folder: where the checkpoints are.
@@ -31,14 +32,14 @@ def one_line(trainer: str, folder: Path | str | None = None, stores: Iterable[Pa
     try:
         yield
     except UserError as error:
-        raise SystemExit(f"{trainer}: error: {cause(error)}") from None
+        raise UserError(cause(error), error.code) from None  # of a DataLoader's process without its traceback
     except Exception as error:
         what = explain(error, list(stores), list(loaders))
         if what is None:
             raise
         left = "" if folder is None or not any(Path(folder).glob("checkpoint_*.pth")) else (
             f"; the checkpoints in {folder} are whole, --c goes on from the last")  # fmt: skip
-        raise SystemExit(f"{trainer}: error: {what}{left}") from None
+        raise UserError(f"{what}{left}") from None
 
 
 def explain(error: Exception, stores: list[Path], loaders: list[Any]) -> str | None:

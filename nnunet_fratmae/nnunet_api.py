@@ -10,6 +10,8 @@ from typing import Any
 
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
+from nnunet_fratmae.base.command import UserError
+
 TESTED = "2.8.1"
 OVERRIDDEN = (
     "__init__", "initialize", "build_network_architecture", "save_checkpoint", "load_checkpoint",
@@ -27,12 +29,12 @@ def check_overrides(trainer: str) -> None:
     training would mirror head to feet or bend the intensities.
 
     Raises:
-        SystemExit: it has not; one line for the user of `trainer`.
+        UserError: it has not.
     """
     gone = [name for name in OVERRIDDEN if not hasattr(nnUNetTrainer, name)]
     if gone:
-        raise SystemExit(f"{trainer}: error: nnUNetTrainer of nnunetv2 {version('nnunetv2')} has no {', '.join(gone)}, "
-                         f"which this trainer overrides; pip install nnunetv2=={TESTED}, or update nnunet-fratmae")
+        raise UserError(f"nnUNetTrainer of nnunetv2 {version('nnunetv2')} has no {', '.join(gone)}, "
+                        f"which {trainer} overrides; pip install nnunetv2=={TESTED}, or update nnunet-fratmae")
 
 
 def take_resume(plans: dict[str, Any]) -> dict[str, bool]:

@@ -56,8 +56,8 @@ class FratMAEStagingTrainer(FratMAETrainer):
         device: torch.device = torch.device("cuda"),  # noqa: B008 - nnU-Net compares signatures
     ) -> None:
         if torch.distributed.is_available() and torch.distributed.is_initialized():
-            raise SystemExit("FratMAEStagingTrainer: error: -num_gpus: a step has too few studies to share; train the "
-                             "folds side by side, each on its own GPU (CUDA_VISIBLE_DEVICES)")  # fmt: skip
+            raise UserError("-num_gpus: a step has too few studies to share; train the folds side by side, each on its "
+                            "own GPU (CUDA_VISIBLE_DEVICES)")  # fmt: skip
         super().__init__(plans, configuration, fold, dataset_json, device)
         self.build_network_architecture = super().build_network_architecture  # where the class itself refuses
         for name in DICE_LISTS:
@@ -79,8 +79,8 @@ class FratMAEStagingTrainer(FratMAETrainer):
     @staticmethod
     def build_network_architecture(plans_manager: PlansManager, *args: Any, **kwargs: Any) -> nn.Module:
         """Of the class, not of a trainer, it is nnU-Net's prediction that asks for the network: of segmentations."""
-        raise SystemExit("FratMAEStagingTrainer: error: nnUNetv2_predict segments, this model classifies whole bodies; "
-                         "say fratmae_predict_stage -i IMAGES -o OUT -m MODELFOLDER")  # fmt: skip
+        raise UserError("nnUNetv2_predict segments, this model classifies whole bodies; say fratmae_predict_stage -i "
+                        "IMAGES -o OUT -m MODELFOLDER")  # fmt: skip
 
     def _use_finetune_settings(self) -> None:
         super()._use_finetune_settings()

@@ -53,8 +53,7 @@ class FratMAETrainer(nnUNetTrainer):
     HU and SUV (nnunet_fratmae/augmentation.py). GPUs that can, compute in bfloat16 instead of float16. With
     `fratmae.finetune.stage_weight` whole bodies are classified along (nnunet_fratmae/joint.py).
 
-    A user's error ends the command in one line (SystemExit) before a folder is made; under -num_gpus, torch prints the
-    traceback of the process it happened in as well.
+    A user's error is a UserError before a folder is made, which ends nnU-Net's command in one line.
     """
 
     def __init__(
@@ -68,17 +67,13 @@ class FratMAETrainer(nnUNetTrainer):
         check_overrides(type(self).__name__)
         distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
         if not distributed:  # else nnU-Net has a process a GPU by now
-            with one_line(type(self).__name__):
-                check_device(device.type)
+            check_device(device.type)
         resume = take_resume(plans)
         where = f"{plans.get('plans_name', 'plans')}.json"
         self.notes, self.preparation_error, self.today = [], None, None
-        try:
-            check_dataset_json(dataset_json, "dataset.json", labelled=True)
-            check_nnunet(plans, where, dataset_json, used=[configuration])
-            check_names(plans, where)
-        except UserError as error:
-            raise SystemExit(f"{type(self).__name__}: error: {error}") from None
+        check_dataset_json(dataset_json, "dataset.json", labelled=True)
+        check_nnunet(plans, where, dataset_json, used=[configuration])
+        check_names(plans, where)
         try:
             self.today = check_settings(plans, where)
             prepared, self.notes = self.prepare(plans, configuration, fold, dataset_json)
@@ -87,10 +82,10 @@ class FratMAETrainer(nnUNetTrainer):
         except UserError as error:
             # To go on or to validate takes a checkpoint, no artefact; a new training stops in `initialize`
             if not any(self._model_folder(plans, configuration).glob(f"fold_{fold}/checkpoint_*.pth")):
-                raise SystemExit(f"{type(self).__name__}: error: {error}") from None
+                raise
             self.preparation_error = error
             plans = {**plans, "fratmae": {}}  # those of the checkpoint take their place
-        with one_line(type(self).__name__):
+        with one_line():
             super().__init__({**plans, **resume}, configuration, fold, dataset_json, device)
         self.keeps_previous = False  # of this training; an earlier one may have left its checkpoints here
         self._use_finetune_settings()
@@ -124,7 +119,7 @@ class FratMAETrainer(nnUNetTrainer):
     def initialize(self) -> None:
         """As nnU-Net, then the pretrained encoders; the log says what was loaded and that nothing is missing."""
         if self.preparation_error is not None:
-            raise SystemExit(f"{type(self).__name__}: error: {self.preparation_error}")
+            raise self.preparation_error
         super().initialize()
         if isinstance(network := self.bare_network(), FratMAEUNETR):
             network.decoder["seg_layers"].start_as_background(self.label_manager.has_regions)
@@ -147,7 +142,7 @@ class FratMAETrainer(nnUNetTrainer):
             whole = self.plans_manager.plans["configurations"][STAGING_CONFIGURATION]
             stores.append(Path(self.preprocessed_dataset_folder_base) / whole["data_identifier"])
         loaders = (self.dataloader_train, self.dataloader_val)
-        return one_line(type(self).__name__, self.output_folder, stores, loaders)
+        return one_line(self.output_folder, stores, loaders)
 
     def run_training(self) -> None:
         """As nnU-Net; a second training in the same folder is refused."""
@@ -256,11 +251,7 @@ class FratMAETrainer(nnUNetTrainer):
 
     def do_split(self) -> tuple[list[str], list[str]]:
         """nnU-Net's, of cases that are there and whole."""
-        try:
-            folder = Path(self.preprocessed_dataset_folder)
-            check_fold(Path(self.preprocessed_dataset_folder_base), folder, self.fold)
-        except UserError as error:
-            raise SystemExit(f"{type(self).__name__}: error: {error}") from None
+        check_fold(Path(self.preprocessed_dataset_folder_base), Path(self.preprocessed_dataset_folder), self.fold)
         return super().do_split()
 
     def on_train_start(self) -> None:

@@ -7,12 +7,19 @@ import csv
 import io
 import os
 import pickle
+import sys
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nnunet_fratmae.base.command import UserError, dataset_number, nnunet_folder, run_command
+from nnunet_fratmae.base.command import (
+    UserError,
+    dataset_number,
+    end_stock_commands_in_one_line,
+    nnunet_folder,
+    run_command,
+)
 from nnunet_fratmae.base.files import WriteError, plain_name, refuse_bytes, renamed
 from nnunet_fratmae.base.tables import cell_text, csv_text, inert
 
@@ -128,3 +135,20 @@ def test_names_that_readers_die_of_are_refused(tmp_path, monkeypatch):
     monkeypatch.setenv("nnUNet_raw", odd)
     with pytest.raises(UserError, match="^nnUNet_raw: this folder's name is no UTF-8"):
         nnunet_folder("nnUNet_raw")
+
+
+@pytest.mark.parametrize("program, is_line", [("nnUNetv2_train", True), ("nnUNetv2_predict", True), ("python", False)])
+def test_stock_commands_end_in_one_line(program, is_line, monkeypatch, capsys):
+    """In a script of the user's, or a notebook, it is an exception as any other."""
+    seen = []
+    monkeypatch.setattr(sys, "argv", [f"/bin/{program}"])
+    monkeypatch.setattr(sys, "excepthook", lambda *error: seen.append(error[0]))
+    end_stock_commands_in_one_line()
+    sys.excepthook(UserError, UserError("x.json: is none; write one"), None)
+    sys.excepthook(ValueError, ValueError("1"), None)
+    assert seen == ([ValueError] if is_line else [UserError, ValueError])
+    assert capsys.readouterr().err == is_line * f"\n{program}: error: x.json: is none; write one\n"
+    ProcessRaisedException = type("ProcessRaisedException", (Exception,), {})  # as torch names it
+    text = "-- Process 0 terminated\n  raise UserError\nnnunet_fratmae.base.command.UserError: a: is b; do c\n"
+    sys.excepthook(ProcessRaisedException, ProcessRaisedException(text), None)
+    assert capsys.readouterr().err == is_line * f"\n{program}: error: a: is b; do c\n"

@@ -130,7 +130,7 @@ def test_without_one_that_can_be_read_it_is_one_line(trained, make_trainer):
     folder = Path(trained.output_folder)
     for name in (LATEST, PREVIOUS, BEST):
         (folder / name).write_bytes(b"")
-    with pytest.raises(SystemExit, match="cannot be read.*nor can 2 earlier ones") as error:
+    with pytest.raises(UserError, match="cannot be read.*nor can 2 earlier ones") as error:
         resumed(make_trainer, LATEST)
     assert "\n" not in str(error.value)
 
@@ -138,7 +138,7 @@ def test_without_one_that_can_be_read_it_is_one_line(trained, make_trainer):
 def test_the_best_has_no_other_in_its_place(trained, make_trainer):
     """--val_best asks for this one; another would be validated under its name."""
     (Path(trained.output_folder) / BEST).write_bytes(b"")
-    with pytest.raises(SystemExit, match="checkpoint_best.pth: cannot be read"):
+    with pytest.raises(UserError, match="checkpoint_best.pth: cannot be read"):
         resumed(make_trainer, BEST)
 
 
@@ -165,7 +165,7 @@ def test_a_checkpoint_of_another_network_is_one_line(trained, make_trainer):
     state = torch.load(path, weights_only=False)
     del state["network_weights"]["encoders.CT.norm.weight"]
     torch.save(state, path)
-    with pytest.raises(SystemExit, match="does not fit the network .*missing encoders.CT.norm.weight"):
+    with pytest.raises(UserError, match="does not fit the network .*missing encoders.CT.norm.weight"):
         resumed(make_trainer, LATEST)
 
 
@@ -178,7 +178,7 @@ def test_a_full_disk_ends_a_training_in_one_line_and_leaves_what_was_there(train
         raise RuntimeError("[enforce fail at inline_container.cc:815] . PytorchStreamWriter failed writing file data/3")
 
     monkeypatch.setattr(torch, "save", full)
-    with pytest.raises(SystemExit, match="is the disk full.*The last checkpoint is whole") as error:
+    with pytest.raises(UserError, match="is the disk full.*The last checkpoint is whole") as error:
         trained.save_checkpoint(str(path))
     assert "\n" not in str(error.value) and path.read_bytes() == before
     assert not list(path.parent.glob(".partial*"))
@@ -210,8 +210,8 @@ def test_a_damaged_case_ends_a_training_with_its_name(tmp_path, capsys):
     whole, cut = case_file(tmp_path / "a.b2nd"), case_file(tmp_path / "b.b2nd")
     assert whole.is_file()
     cut.write_bytes(cut.read_bytes()[:5000])
-    says = "Trainer: error: .*b.b2nd: cannot be read.*it is damaged"
-    with pytest.raises(SystemExit, match=says) as error, one_line("Trainer", tmp_path, [tmp_path]):
+    says = "b.b2nd: cannot be read.*it is damaged"
+    with pytest.raises(UserError, match=says) as error, one_line(tmp_path, [tmp_path]):
         raise RuntimeError("One or more background workers are no longer alive. Exiting. Please check the print "
                            "statements above for the actual error message")
     assert "\n" not in str(error.value) and "print statements" not in str(error.value)
@@ -228,7 +228,7 @@ def test_a_killed_worker_is_called_one(tmp_path):
         _processes = [Process]
 
     says = "was killed, most likely for want of memory"
-    with pytest.raises(SystemExit, match=says), one_line("T", None, [], [Loader]):
+    with pytest.raises(UserError, match=says), one_line(None, [], [Loader]):
         raise RuntimeError("One or more background workers are no longer alive.")
 
 
@@ -243,5 +243,5 @@ def test_a_device_that_is_not_there_is_one_line(make_trainer, monkeypatch):
     for device in ("mps", "cuda"):
         with pytest.raises(UserError, match=f"-device {device}: .*say -device cpu"):
             check_device(device)
-        with pytest.raises(SystemExit, match=f"-device {device}"):
+        with pytest.raises(UserError, match=f"-device {device}"):
             FratMAETrainer({}, "3d_fullres", 0, {}, torch.device(device))

@@ -206,6 +206,18 @@ def test_our_folder_does_not_stop_the_search_in_an_environment_without_us(tmp_pa
     assert found["TrainerOfMine"].parent == mine
 
 
+def test_a_file_that_is_called_as_a_package_of_ours_does_not_stop_the_search(tmp_path):
+    """As a user's plans.py beside his script."""
+    (tmp_path / "plans.py").write_text("PLANS = 1\n", encoding="utf-8")
+    file = Path(__file__).parents[1] / "nnunet_fratmae" / "ext_trainers" / "fratmae_trainers.py"
+    code = f"import runpy; runpy.run_path({str(file)!r})"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, encoding="utf-8", check=True
+    )
+    assert "WARNING: its trainers cannot be used" in done.stderr
+    assert f"plans is {tmp_path}/plans.py, rename it" in done.stderr and "Traceback" not in done.stderr
+
+
 @pytest.mark.parametrize("editable", [False, True])
 def test_uninstalling_leaves_nothing(wheel, tmp_path, editable):
     environment = Environment(tmp_path / "venv")

@@ -230,7 +230,7 @@ def test_a_third_channel_is_said_and_not_seen(make_trainer):
 )  # fmt: skip
 def test_2d_and_cascade_are_refused_in_one_line(configuration, config, make_trainer):
     """They stay as nnU-Net planned them, for nnUNetTrainer."""
-    with pytest.raises(SystemExit, match=f"configuration {configuration}: .* use 3d_fullres") as error:
+    with pytest.raises(UserError, match=f"configuration {configuration}: .* use 3d_fullres") as error:
         make_trainer(dataset(ONE), configuration, **config)
     assert "\n" not in str(error.value)
 

@@ -502,7 +502,7 @@ def test_pretraining_and_staging_of_one_modality_are_refused(tmp_path):
     needed = "dataset.json: PET alone, CT is needed here"
     with pytest.raises(UserError, match=needed):
         list_cases(tmp_path, plans, PET_ONLY)
-    with pytest.raises(SystemExit, match=needed):
+    with pytest.raises(UserError, match=needed):
         properties = plans["foreground_intensity_properties_per_channel"]
         properties |= {str(i): properties["0"] for i in range(2)}
         pet = PET_ONLY | {"file_ending": ".nii.gz", "labels": {"background": 0, "lesion": 1}}

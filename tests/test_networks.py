@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from nnunet_fratmae.base.command import UserError
 from nnunet_fratmae.networks.strides import decoder_strides
 from nnunet_fratmae.networks.unetr import FratMAEUNETR
 from nnunet_fratmae.networks.vit import ViTEncoder, sincos_positions, token_grid
@@ -151,5 +152,5 @@ def test_a_case_with_other_channels_than_in_training_is_refused(inputs, modaliti
     """One channel alone may be the other one: nnU-Net reads whatever files there are."""
     network = FratMAEUNETR(inputs, 2, PATCH, TOKEN, **SMALL, features=4, modalities=modalities)
     network(torch.zeros(1, inputs, *PATCH))
-    with pytest.raises(SystemExit, match=f"images with {given} channels, the model was trained with {inputs}"):
+    with pytest.raises(UserError, match=f"images with {given} channels, the model was trained with {inputs}"):
         network(torch.zeros(1, given, *PATCH))

@@ -37,6 +37,7 @@ from nnunetv2.utilities.utils import (
     get_filenames_of_train_images_and_targets,
 )
 
+from nnunet_fratmae.base.command import UserError
 from nnunet_fratmae.networks.unetr import FratMAEUNETR
 from nnunet_fratmae.nnunet_api import OVERRIDDEN, TESTED, curves, take_resume
 from nnunet_fratmae.staging_trainer import FratMAEStagingTrainer
@@ -97,7 +98,7 @@ def test_methods_of_planner_and_configuration_are_there(ours, base):
 def test_a_renamed_method_stops_the_training_in_one_line(make_trainer, monkeypatch):
     """The name has a typo that somebody may mend; head would then be mirrored to feet without a word."""
     monkeypatch.delattr(nnUNetTrainer, "configure_rotation_dummyDA_mirroring_and_inital_patch_size")
-    with pytest.raises(SystemExit, match="configure_rotation_dummyDA_mirroring_and_inital_patch_size") as error:
+    with pytest.raises(UserError, match="configure_rotation_dummyDA_mirroring_and_inital_patch_size") as error:
         make_trainer()
     assert version("nnunetv2") in str(error.value) and "\n" not in str(error.value)
 

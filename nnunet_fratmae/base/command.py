@@ -10,6 +10,7 @@ import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 PACKAGES = ("nnUNet_raw_conversion", "nnunet_fratmae", "plans", "pretraining")
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -58,6 +59,27 @@ def run_command(parser: argparse.ArgumentParser, main: Callable[[argparse.Namesp
             raise
         what = f"unexpected {type(error).__name__} in {_place(error)}"
         sys.exit(f"{parser.prog}: error: {what}; run again with --debug and report it")
+
+
+def end_stock_commands_in_one_line() -> None:
+    """Let nnU-Net's own commands, which know nothing of it, end in one line with a `UserError`, as ours do.
+
+    Everywhere else, as in a notebook, it stays an exception.
+    """
+    program, before = Path(sys.argv[0] if sys.argv else "").name, sys.excepthook
+    # Of a process that torch.multiprocessing started, for -num_gpus, the traceback comes as a text
+    elsewhere = re.compile(rf"^{re.escape(UserError.__module__)}\.UserError: (.*)", re.MULTILINE | re.DOTALL)
+
+    def hook(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+        there = elsewhere.search(str(error)) if kind.__name__ == "ProcessRaisedException" else None
+        if issubclass(kind, UserError) or there:
+            text = there[1].strip() if there else cause(error)
+            print(f"\n{program}: error: {text}", file=sys.stderr)  # on a line of its own, beside a progress bar
+        else:
+            before(kind, error, trace)
+
+    if program.startswith("nnUNetv2_"):
+        sys.excepthook = hook
 
 
 def _of_the_disk(error: OSError, args: argparse.Namespace) -> str:

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from nnunet_fratmae.base.command import UserError
 from nnunet_fratmae.base.units import MODALITIES, PRETRAINING_UNITS, to_units
 
 MOST_SATURATED = 0.2  # of the PET seen. A bladder above SUV 25 is a fortieth of a patch, hot kidneys are less
@@ -68,10 +69,10 @@ class FrontDoor(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if x.shape[1] != self.input_channels:
-            # SystemExit: nnUNetv2_predict reads whatever files there are, and this is our first place to see them
-            raise SystemExit(f"FratMAE: error: images with {x.shape[1]} channels, the model was trained with "
-                             f"{self.input_channels}; give every case all its files (_0000, _0001), or fill in the "
-                             "missing ones with fratmae_fill_missing")  # fmt: skip
+            # nnUNetv2_predict reads whatever files there are, and this is our first place to see them
+            raise UserError(f"images with {x.shape[1]} channels, the model was trained with {self.input_channels}; "
+                            "give every case all its files (_0000, _0001), or fill in the missing ones with "
+                            "fratmae_fill_missing")  # fmt: skip
         image = x[:, self.channels].permute(0, 1, *(axis + 2 for axis in self.axes)) * self.scale + self.shift
         if not (self.training or torch.compiler.is_compiling() or torch.jit.is_tracing()):
             self.watch.look(image)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nnunet_fratmae.base.command import UserError
 from nnunet_fratmae.base.units import MODALITIES
 from nnunet_fratmae.networks.strides import LEVELS
 from nnunet_fratmae.networks.unetr import FratMAEUNETR, tap_layers
@@ -88,8 +89,8 @@ class FratMAEStaging(nn.Module):
     ) -> None:
         super().__init__()
         if deep_supervision:
-            raise SystemExit("FratMAE: error: the network of these plans classifies whole bodies; train it with "
-                             "-tr FratMAEStagingTrainer")  # fmt: skip
+            raise UserError("the network of these plans classifies whole bodies; train it with -tr "
+                            "FratMAEStagingTrainer")  # fmt: skip
         self.classes = list(classes)
         self.layers = tap_layers(depth)
         self.encoders = dual_encoders(patch_size, token_patch, embed_dim, depth, num_heads, modalities)

@@ -14,6 +14,7 @@ import torch
 from dynamic_network_architectures.building_blocks.residual import BasicBlockD
 from torch import Tensor, nn
 
+from nnunet_fratmae.base.command import UserError
 from nnunet_fratmae.networks.front_door import FrontDoor
 from nnunet_fratmae.networks.strides import LEVELS, decoder_strides
 from nnunet_fratmae.networks.vit import dual_encoders
@@ -110,7 +111,7 @@ class FratMAEUNETR(nn.Module):
         modalities, axes, scale, shift, clip: of the front door.
         strides: of the decoder's steps from the tokens to the voxels, deepest first (networks/strides.py); None: those
             of isotropic voxels.
-        deep_supervision: nnU-Net passes it; UNETR has one output, so it must be off (SystemExit with one line).
+        deep_supervision: nnU-Net passes it; UNETR has one output, so it must be off (UserError).
     """
 
     def __init__(
@@ -133,10 +134,10 @@ class FratMAEUNETR(nn.Module):
     ) -> None:
         super().__init__()
         if deep_supervision:
-            # SystemExit: only nnU-Net's own trainers ask for it, and this is our first place to meet them
-            raise SystemExit(f"FratMAE: error: the network of these plans ({type(self).__name__}) is trained by "
-                             "-tr FratMAETrainer, classes of whole bodies by -tr FratMAEStagingTrainer; nnU-Net's own "
-                             "trainers take their own plans (-p nnUNetPlans)")  # fmt: skip
+            # Only nnU-Net's own trainers ask for it, and this is our first place to meet them
+            raise UserError(f"the network of these plans ({type(self).__name__}) is trained by -tr FratMAETrainer, "
+                            "classes of whole bodies by -tr FratMAEStagingTrainer; nnU-Net's own trainers take their "
+                            "own plans (-p nnUNetPlans)")  # fmt: skip
         self.tap_layers = tap_layers(depth)
         self.front_door = FrontDoor(input_channels, modalities, axes, scale, shift, clip)
         names = self.front_door.names
