@@ -7,6 +7,7 @@ model saw in training with finetune.modality_dropout. What is there is linked (c
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import re
 import shutil
@@ -16,7 +17,7 @@ from typing import Any
 import SimpleITK as sitk
 
 from nnunet_fratmae.base.command import UserError, run_command
-from nnunet_fratmae.base.files import refuse_bytes, renamed, writing_to
+from nnunet_fratmae.base.files import refuse_bytes, writing_to
 from nnunet_fratmae.base.volumes import read_image
 from plans.dataset_json import check_dataset_json
 from plans.extension import channel_modalities, find_channels
@@ -143,19 +144,26 @@ def check_images(case: str, images: Case, reader: str) -> sitk.ImageFileReader:
 
 
 def write_absent(path: Path, modality: str, header: sitk.ImageFileReader) -> None:
-    """An image of air or without uptake with the geometry of `header`."""
+    """An image of air or without uptake with the geometry of `header`.
+
+    Raises:
+        OSError: the disk did not take all of it, which ITK does not say of NIfTI.
+        RuntimeError: as ITK says it of other formats.
+    """
     image = sitk.Image(header.GetSize(), sitk.sitkInt16) + int(PRETRAINING_UNITS[modality].lower)
     image.SetSpacing(header.GetSpacing())
     image.SetOrigin(header.GetOrigin())
     image.SetDirection(header.GetDirection())
-    with renamed(path) as partial:
-        sitk.WriteImage(image, str(partial), useCompression=True)
+    sitk.WriteImage(image, str(path), useCompression=True)
+    try:
+        read_image(path)
+    except UserError:
+        raise OSError(errno.ENOSPC, "the disk took a part of it only") from None
 
 
 def link_or_copy(source: Path, target: Path) -> None:
     """A hard link, or a copy where that cannot be."""
-    with renamed(target) as partial:
-        try:
-            os.link(source.resolve(), partial)
-        except OSError:
-            shutil.copyfile(source, partial)
+    try:
+        os.link(source.resolve(), target)
+    except OSError:
+        shutil.copyfile(source, target)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from nnunet_fratmae.base.command import UserError, check_device, run_command
-from nnunet_fratmae.base.files import refuse_bytes, renamed
+from nnunet_fratmae.base.files import refuse_bytes, renamed, writing_to
 from nnunet_fratmae.base.tables import csv_text
 from plans.dataset_json import check_dataset_json
 from plans.extension import JOINT_NETWORK, channel_modalities, find_channels, find_modalities
@@ -64,7 +64,8 @@ def _run(args: argparse.Namespace) -> None:
     check_device(args.device)
     networks = [load_network(plans, dataset_json, path).to(args.device) for path in checkpoints]
     print(f"{len(studies)} studies, folds {', '.join(path.parent.name[5:] for path in checkpoints)}")
-    args.o.mkdir(parents=True, exist_ok=True)
+    with writing_to(args.o):
+        args.o.mkdir(parents=True, exist_ok=True)
     rows, refused = [], []
     channels, reader = find_channels(dataset_json, "both"), plans.get("image_reader_writer", "")
     for case, images in tqdm(studies.items(), "Studies"):

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from nnunet_fratmae.base.command import UserError, run_command
-from nnunet_fratmae.base.files import renamed, writing_to
+from nnunet_fratmae.base.files import writing_to
 from pretraining.checkpoint import LATEST
 
 ALIGN_NAME, CARD_NAME = "context_align.safetensors", "model_card.md"
@@ -30,11 +30,9 @@ def export(state: Mapping[str, Any], folder: Path) -> None:
         files[ALIGN_NAME] = save(aligned)
     with writing_to(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    for name, content in files.items():
-        with renamed(folder / name) as partial:
-            partial.write_bytes(content)
     start = "fratmae.encoders."
-    save_artefact(folder, {k.removeprefix(start): v for k, v in weights.items() if k.startswith(start)}, contract)
+    encoders = {k.removeprefix(start): v for k, v in weights.items() if k.startswith(start)}
+    save_artefact(folder, encoders, contract, files)
 
 
 def model_card(contract: Any, history: list[dict[str, Any]]) -> str:

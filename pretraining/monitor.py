@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -122,7 +123,8 @@ class Monitor:
         plot_reconstruction(rows, attention, stack, self.folder / "reconstruction.png", title)
         folder = self.folder / "pictures"
         folder.mkdir(exist_ok=True)
-        (folder / f"epoch_{epoch:04d}.png").write_bytes((self.folder / "reconstruction.png").read_bytes())
+        with renamed(folder / f"epoch_{epoch:04d}.png") as partial:
+            shutil.copyfile(self.folder / "reconstruction.png", partial)
 
     def _row(self, model: FratMAE, held_out: HeldOut, modality: str) -> dict[str, Any]:
         device, number = next(model.parameters()).device, MODALITIES.index(modality)
