@@ -19,11 +19,9 @@ import SimpleITK as sitk
 from nnunet_fratmae.base.command import UserError, run_command
 from nnunet_fratmae.base.files import refuse_bytes, writing_to
 from nnunet_fratmae.base.volumes import read_image
-from plans.dataset_json import check_dataset_json
 from plans.extension import channel_modalities, find_channels
 from plans.inputs import on_one_grid
 from plans.models import read_model_files
-from plans.reader import check_plans
 from plans.settings import Settings
 from plans.staging import NETWORK as STAGING_NETWORK
 from plans.staging import STAGING_CONFIGURATION
@@ -83,8 +81,6 @@ def read_model(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         UserError: they are not there, or the model is not FratMAE's, or takes one image a case.
     """
     plans, dataset_json = read_model_files(folder, "FratMAETrainer__...")
-    check_dataset_json(dataset_json, str(folder / "dataset.json"))
-    check_plans(plans, str(folder / "plans.json"), dataset_json)
     if "fratmae" not in plans:
         raise UserError(f"-m {folder}: is no model of FratMAETrainer, so it needs CT and PET of every case")
     if len(find_channels(dataset_json)) < len(MODALITIES):

@@ -17,10 +17,9 @@ import numpy as np
 from nnunet_fratmae.base.command import UserError, check_device, run_command
 from nnunet_fratmae.base.files import refuse_bytes, renamed, writing_to
 from nnunet_fratmae.base.tables import csv_text
-from plans.dataset_json import check_dataset_json
 from plans.extension import JOINT_NETWORK, channel_modalities, find_channels, find_modalities
 from plans.models import check_architecture, read_model_files
-from plans.reader import check_plans, check_whole_body
+from plans.reader import check_whole_body
 from plans.settings import STACKS, Settings
 from plans.staging import NETWORK, STAGING_CONFIGURATION, staging_plans
 from plans.units import PRETRAINING_UNITS
@@ -107,8 +106,6 @@ def read_model(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     if NETWORK not in networks and JOINT_NETWORK not in networks:
         raise UserError(f"-m {folder}: has no classifier; give a model of FratMAEStagingTrainer, or of FratMAETrainer "
                         "with finetune.stage_weight above 0 (nnUNetv2_predict segments)")
-    check_dataset_json(dataset_json, str(folder / "dataset.json"))
-    check_plans(plans, str(folder / "plans.json"), dataset_json)
     check_whole_body(plans, str(folder / "plans.json"))
     if JOINT_NETWORK not in networks:
         return plans, dataset_json

@@ -210,7 +210,7 @@ GOOD = {
         ({"network_class_name": None}, {}, "none of FratMAE's"),
         ({"network_class_name": ["a"]}, {}, "none of FratMAE's"),
         ({"_kw_requires_import": ["classes"]}, {}, "_kw_requires_import"),
-        ({"arch_kwargs": None}, {}, "no arch_kwargs"),
+        ({"arch_kwargs": None}, {}, "arch_kwargs must be"),
         ({}, {"patch_size": [10**6, 10**6, 10**6]}, "patch_size"),
         ({}, {"patch_size": [4096, 4096, 4096]}, "patch_size"),
         ({}, {"token_patch": [0, 8, 8]}, "token_patch"),
