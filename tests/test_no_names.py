@@ -108,7 +108,7 @@ def write_pairs(folder: Path) -> None:
     (folder / "clinical.csv").write_text(
         "case_id,tracer,diagnosis,age,sex,stage,patient\n"
         '"Kettler, Josephine",FDG Kettler,"Hodgkin lymphoma, Fr. Kettler",61,F,II,Kettler\n'
-        "Müßiggang_30111952,68Ga-PSMA-11,Grünwald 301152,50,M,III,Hanssen\n"
+        'Müßiggang_30111952,68Ga-PSMA-11,"prostate cancer, Grünwald 301152",50,M,III,Hanssen\n'
     )
 
 
