@@ -134,12 +134,18 @@ def load_pretrained(pretrained: str | Path, patch_size: Sequence[int] | None = N
 
 
 def compare(wanted: Mapping[str, torch.Tensor], given: Mapping[str, torch.Tensor]) -> list[str]:
-    """One line for every key that is missing, left over or of another shape."""
+    """One line for every key that is missing, left over, of another shape, or of another kind of numbers: torch would
+    load complex and whole ones as well."""
     problems = [f"missing {name}" for name in wanted if name not in given]
     problems += [f"left over {name}" for name in given if name not in wanted]
     problems += [
         f"{name} is {tuple(given[name].shape)}, not {tuple(value.shape)}"
         for name, value in wanted.items()
         if name in given and given[name].shape != value.shape
+    ]
+    problems += [
+        f"{name} is of {given[name].dtype}, not {value.dtype}"
+        for name, value in wanted.items()
+        if name in given and given[name].is_floating_point() != value.is_floating_point()
     ]
     return problems

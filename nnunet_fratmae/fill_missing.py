@@ -51,8 +51,7 @@ def _run(args: argparse.Namespace) -> None:
         if len(lacking) > 1 or not set(lacking) <= set(dispensable(plans)):
             raise UserError(f"{args.i}: {case} has no {' and no '.join(lacking)}, and -m {args.m} was not trained for "
                             "that; train with fratmae.finetune.modality_dropout above 0, 0.3 for example")  # fmt: skip
-    if args.o.is_dir() and any(args.o.iterdir()):
-        raise UserError(f"-o {args.o}: is not empty; name a new folder, so that nothing else is predicted")
+    refuse_filled(args.o)
     reader, out = plans.get("image_reader_writer", ""), args.o.absolute()
     headers = {case: check_images(case, images, reader) for case, images in cases.items()}  # before anything is written
     partial = out.with_name(f".partial_{out.name}_{os.getpid()}")
@@ -67,11 +66,18 @@ def _run(args: argparse.Namespace) -> None:
                     write_absent(partial / name, modality, headers[case])
                     units = PRETRAINING_UNITS[modality]
                     print(f"{name}: no {modality}, {units.lower:g} {units.unit} everywhere")
+            refuse_filled(args.o)  # by the same command at the same time
             partial.replace(out)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     filled = sum(map(bool, missing.values()))
     print(f"{len(cases)} cases, {filled} of them filled; next: nnUNetv2_predict -i {args.o} ...")
+
+
+def refuse_filled(folder: Path) -> None:
+    """Raises UserError where there are files in a folder already."""
+    if folder.is_dir() and any(folder.iterdir()):
+        raise UserError(f"-o {folder}: is not empty; name a new folder, so that nothing else is predicted")
 
 
 def read_model(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:

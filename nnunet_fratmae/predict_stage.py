@@ -173,6 +173,7 @@ def load_network(plans: dict[str, Any], dataset_json: dict[str, Any], checkpoint
     """
     from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 
+    from nnunet_fratmae.artefact import compare
     from nnunet_fratmae.base.weights import check_finite, read_checkpoint
 
     architecture = plans["configurations"].get(STAGING_CONFIGURATION, {}).get("architecture")
@@ -182,7 +183,10 @@ def load_network(plans: dict[str, Any], dataset_json: dict[str, Any], checkpoint
     network = get_network_from_plans(NETWORK, kwargs, [], channels, len(kwargs["classes"]))
     weights = read_checkpoint(checkpoint).get("network_weights")
     try:
-        network.load_state_dict({k: v for k, v in weights.items() if not k.startswith("decoder.")})
+        weights = {k: v for k, v in weights.items() if not k.startswith("decoder.")}
+        if compare(network.state_dict(), weights):
+            raise ValueError
+        network.load_state_dict(weights)
     except Exception as error:  # noqa: BLE001 - whatever the file holds
         raise UserError(f"{checkpoint}: cannot be read as weights of the network in plans.json ({type(error).__name__}"
                         "); copy the model folder again") from None  # fmt: skip

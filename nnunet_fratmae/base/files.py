@@ -29,7 +29,8 @@ def writing_to(place: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise _unwritten(place, error.strerror or str(error)) from None
+        is_file = isinstance(error, FileExistsError)  # where a folder is to be made
+        raise _unwritten(place, "it is a file" if is_file else error.strerror or str(error)) from None
     except RuntimeError as error:
         within = error.__context__  # where torch writes to a file of Python's
         reason = within.strerror if isinstance(within, OSError) else why_unwritable(place)
