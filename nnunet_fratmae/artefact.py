@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -19,24 +21,38 @@ from plans.contract import CONTRACT_NAME, WEIGHTS_NAME, Contract, expected_shape
 NNUNET_NAME = "encoders_nnunet.pth"
 
 
-def save_artefact(folder: Path, weights: Mapping[str, torch.Tensor], contract: Contract) -> None:
+def save_artefact(
+    folder: Path, weights: Mapping[str, torch.Tensor], contract: Contract, more: Mapping[str, bytes] | None = None
+) -> None:
     """Write encoders.safetensors, encoders.json and encoders_nnunet.pth (for stock `-pretrained_weights`).
 
-    Each file is written under a temporary name and renamed; the contract comes last.
+    All are written under temporary names, and take their places when the last of them is whole; the contract at the
+    end. So what was there before is never half of one pretraining and half of another.
 
     Args:
         weights: state of the encoders, keys CT.* and PET.*.
+        more: the content of further files by name.
+
+    Raises:
+        WriteError: the disk is full, or the like.
     """
     weights = {name: value.detach().cpu().contiguous() for name, value in weights.items()}
     for_nnunet = {"network_weights": {f"encoders.{name}": value for name, value in weights.items()}}
     writers = {
-        WEIGHTS_NAME: lambda path: path.write_bytes(save(weights)),  # not save_file, which hides it from colleagues
-        NNUNET_NAME: lambda path: torch.save(for_nnunet, path),
         CONTRACT_NAME: contract.save,
+        WEIGHTS_NAME: lambda path: path.write_bytes(save(weights)),  # not save_file, which hides it from colleagues
+        NNUNET_NAME: lambda path: _save_pth(for_nnunet, path),
     }
-    for name, write in writers.items():
-        with renamed(folder / name) as partial:
-            write(partial)
+    with ExitStack() as stack:  # left from the last file to the first
+        for name, write in writers.items():
+            write(stack.enter_context(renamed(folder / name)))
+        for name, content in (more or {}).items():
+            stack.enter_context(renamed(folder / name)).write_bytes(content)
+
+
+def _save_pth(content: Any, path: Path) -> None:
+    with path.open("wb") as file:  # of a file of Python's torch tells why it cannot be written
+        torch.save(content, file)
 
 
 def check_artefact(pretrained: str | Path) -> Contract:
@@ -119,12 +135,18 @@ def load_pretrained(pretrained: str | Path, patch_size: Sequence[int] | None = N
 
 
 def compare(wanted: Mapping[str, torch.Tensor], given: Mapping[str, torch.Tensor]) -> list[str]:
-    """One line for every key that is missing, left over or of another shape."""
+    """One line for every key that is missing, left over, of another shape, or of another kind of numbers: torch would
+    load complex and whole ones as well."""
     problems = [f"missing {name}" for name in wanted if name not in given]
     problems += [f"left over {name}" for name in given if name not in wanted]
     problems += [
         f"{name} is {tuple(given[name].shape)}, not {tuple(value.shape)}"
         for name, value in wanted.items()
         if name in given and given[name].shape != value.shape
+    ]
+    problems += [
+        f"{name} is of {given[name].dtype}, not {value.dtype}"
+        for name, value in wanted.items()
+        if name in given and given[name].is_floating_point() != value.is_floating_point()
     ]
     return problems

@@ -34,7 +34,7 @@ def one_line(
     except UserError as error:
         raise UserError(cause(error), error.code) from None  # of a DataLoader's process without its traceback
     except Exception as error:
-        what = explain(error, list(stores), list(loaders))
+        what = explain(error, list(stores), list(loaders), folder)
         if what is None:
             raise
         left = "" if folder is None or not any(Path(folder).glob("checkpoint_*.pth")) else (
@@ -42,7 +42,9 @@ def one_line(
         raise UserError(f"{what}{left}") from None
 
 
-def explain(error: Exception, stores: list[Path], loaders: list[Any]) -> str | None:
+def explain(
+    error: Exception, stores: list[Path], loaders: list[Any], folder: Path | str | None = None
+) -> str | None:
     """The cause of an error, or None if it is none of the disk and of the processes that load patches."""
     text, functions = str(error), {frame.name for frame in traceback.extract_tb(error.__traceback__)}
     has_read = any(name in functions or f" in {name}" in text for name in READERS)
@@ -50,7 +52,8 @@ def explain(error: Exception, stores: list[Path], loaders: list[Any]) -> str | N
         return killed(text, loaders) or damaged(stores) or (cause(error) if has_read else (
             "a process that loads patches has ended; what it printed before it ended stands above"))  # fmt: skip
     if isinstance(error, OSError) and error.errno is not None and not isinstance(error, ConnectionError):
-        where = "a file" if error.filename is None else error.filename
+        unnamed = "a file" if folder is None else f"a file of this training ({folder})"
+        where = unnamed if error.filename is None else error.filename
         return f"{where} cannot be read or written ({error.strerror}); make room there or permit it"
     return None
 

@@ -7,6 +7,7 @@ model saw in training with finetune.modality_dropout. What is there is linked (c
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import re
 import shutil
@@ -16,14 +17,12 @@ from typing import Any
 import SimpleITK as sitk
 
 from nnunet_fratmae.base.command import UserError, run_command
-from nnunet_fratmae.base.files import refuse_bytes, renamed, writing_to
+from nnunet_fratmae.base.files import refuse_bytes, writing_to
 from nnunet_fratmae.base.units import MODALITIES, PRETRAINING_UNITS
 from nnunet_fratmae.base.volumes import read_image
 from plans.channels import channel_modalities, find_channels
-from plans.dataset_json import check_dataset_json
 from plans.inputs import on_one_grid
 from plans.models import read_model_files
-from plans.reader import check_plans
 from plans.settings import Settings
 from plans.staging import NETWORK as STAGING_NETWORK
 from plans.staging import STAGING_CONFIGURATION
@@ -52,8 +51,7 @@ def _run(args: argparse.Namespace) -> None:
         if len(lacking) > 1 or not set(lacking) <= set(dispensable(plans)):
             raise UserError(f"{args.i}: {case} has no {' and no '.join(lacking)}, and -m {args.m} was not trained for "
                             "that; train with fratmae.finetune.modality_dropout above 0, 0.3 for example")  # fmt: skip
-    if args.o.is_dir() and any(args.o.iterdir()):
-        raise UserError(f"-o {args.o}: is not empty; name a new folder, so that nothing else is predicted")
+    refuse_filled(args.o)
     reader, out = plans.get("image_reader_writer", ""), args.o.absolute()
     headers = {case: check_images(case, images, reader) for case, images in cases.items()}  # before anything is written
     partial = out.with_name(f".partial_{out.name}_{os.getpid()}")
@@ -68,11 +66,18 @@ def _run(args: argparse.Namespace) -> None:
                     write_absent(partial / name, modality, headers[case])
                     units = PRETRAINING_UNITS[modality]
                     print(f"{name}: no {modality}, {units.lower:g} {units.unit} everywhere")
+            refuse_filled(args.o)  # by the same command at the same time
             partial.replace(out)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     filled = sum(map(bool, missing.values()))
     print(f"{len(cases)} cases, {filled} of them filled; next: nnUNetv2_predict -i {args.o} ...")
+
+
+def refuse_filled(folder: Path) -> None:
+    """Raises UserError where there are files in a folder already."""
+    if folder.is_dir() and any(folder.iterdir()):
+        raise UserError(f"-o {folder}: is not empty; name a new folder, so that nothing else is predicted")
 
 
 def read_model(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -82,8 +87,6 @@ def read_model(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         UserError: they are not there, or the model is not FratMAE's, or takes one image a case.
     """
     plans, dataset_json = read_model_files(folder, "FratMAETrainer__...")
-    check_dataset_json(dataset_json, str(folder / "dataset.json"))
-    check_plans(plans, str(folder / "plans.json"), dataset_json)
     if "fratmae" not in plans:
         raise UserError(f"-m {folder}: is no model of FratMAETrainer, so it needs CT and PET of every case")
     if len(find_channels(dataset_json)) < len(MODALITIES):
@@ -143,19 +146,26 @@ def check_images(case: str, images: Case, reader: str) -> sitk.ImageFileReader:
 
 
 def write_absent(path: Path, modality: str, header: sitk.ImageFileReader) -> None:
-    """An image of air or without uptake with the geometry of `header`."""
+    """An image of air or without uptake with the geometry of `header`.
+
+    Raises:
+        OSError: the disk did not take all of it, which ITK does not say of NIfTI.
+        RuntimeError: as ITK says it of other formats.
+    """
     image = sitk.Image(header.GetSize(), sitk.sitkInt16) + int(PRETRAINING_UNITS[modality].lower)
     image.SetSpacing(header.GetSpacing())
     image.SetOrigin(header.GetOrigin())
     image.SetDirection(header.GetDirection())
-    with renamed(path) as partial:
-        sitk.WriteImage(image, str(partial), useCompression=True)
+    sitk.WriteImage(image, str(path), useCompression=True)
+    try:
+        read_image(path)
+    except UserError:
+        raise OSError(errno.ENOSPC, "the disk took a part of it only") from None
 
 
 def link_or_copy(source: Path, target: Path) -> None:
     """A hard link, or a copy where that cannot be."""
-    with renamed(target) as partial:
-        try:
-            os.link(source.resolve(), partial)
-        except OSError:
-            shutil.copyfile(source, partial)
+    try:
+        os.link(source.resolve(), target)
+    except OSError:
+        shutil.copyfile(source, target)

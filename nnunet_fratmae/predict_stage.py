@@ -15,13 +15,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from nnunet_fratmae.base.command import UserError, check_device, run_command
-from nnunet_fratmae.base.files import refuse_bytes, renamed
+from nnunet_fratmae.base.files import refuse_bytes, renamed, writing_to
 from nnunet_fratmae.base.tables import csv_text
 from nnunet_fratmae.base.units import PRETRAINING_UNITS
 from plans.channels import channel_modalities, find_channels, find_modalities
-from plans.dataset_json import check_dataset_json
 from plans.models import check_architecture, read_model_files
-from plans.reader import check_plans, check_whole_body
+from plans.reader import check_whole_body
 from plans.settings import STACKS, Settings
 from plans.staging import NETWORK, STAGING_CONFIGURATION, staging_plans
 from plans.vit_pair import JOINT_NETWORK
@@ -65,7 +64,8 @@ def _run(args: argparse.Namespace) -> None:
     check_device(args.device)
     networks = [load_network(plans, dataset_json, path).to(args.device) for path in checkpoints]
     print(f"{len(studies)} studies, folds {', '.join(path.parent.name[5:] for path in checkpoints)}")
-    args.o.mkdir(parents=True, exist_ok=True)
+    with writing_to(args.o):
+        args.o.mkdir(parents=True, exist_ok=True)
     rows, refused = [], []
     channels, reader = find_channels(dataset_json, "both"), plans.get("image_reader_writer", "")
     for case, images in tqdm(studies.items(), "Studies"):
@@ -107,8 +107,6 @@ def read_model(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     if NETWORK not in networks and JOINT_NETWORK not in networks:
         raise UserError(f"-m {folder}: has no classifier; give a model of FratMAEStagingTrainer, or of FratMAETrainer "
                         "with finetune.stage_weight above 0 (nnUNetv2_predict segments)")
-    check_dataset_json(dataset_json, str(folder / "dataset.json"))
-    check_plans(plans, str(folder / "plans.json"), dataset_json)
     check_whole_body(plans, str(folder / "plans.json"))
     if JOINT_NETWORK not in networks:
         return plans, dataset_json
@@ -176,6 +174,7 @@ def load_network(plans: dict[str, Any], dataset_json: dict[str, Any], checkpoint
     """
     from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 
+    from nnunet_fratmae.artefact import compare
     from nnunet_fratmae.base.weights import check_finite, read_checkpoint
 
     architecture = plans["configurations"].get(STAGING_CONFIGURATION, {}).get("architecture")
@@ -185,7 +184,10 @@ def load_network(plans: dict[str, Any], dataset_json: dict[str, Any], checkpoint
     network = get_network_from_plans(NETWORK, kwargs, [], channels, len(kwargs["classes"]))
     weights = read_checkpoint(checkpoint).get("network_weights")
     try:
-        network.load_state_dict({k: v for k, v in weights.items() if not k.startswith("decoder.")})
+        weights = {k: v for k, v in weights.items() if not k.startswith("decoder.")}
+        if compare(network.state_dict(), weights):
+            raise ValueError
+        network.load_state_dict(weights)
     except Exception as error:  # noqa: BLE001 - whatever the file holds
         raise UserError(f"{checkpoint}: cannot be read as weights of the network in plans.json ({type(error).__name__}"
                         "); copy the model folder again") from None  # fmt: skip

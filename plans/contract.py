@@ -87,7 +87,7 @@ class Contract:
     def _check_types(self) -> None:
         for names, is_right, what in (
             (("preset", "method", "stack", "architecture", "axes", "licence", "format"), _is_text, "text"),
-            (("text_tower",), lambda value: value is None or _is_text(value), "text or null"),
+            (("text_tower",), lambda value: value is None or _is_line(value), "a line of text or null"),
             (("embed_dim", "depth", "num_heads", "k"), _is_count, "a whole number above 0"),
             (("epochs",), lambda value: value == 0 or _is_count(value), "a whole number"),
             (("left_out_fold",), lambda value: value is None or type(value) is int, "a whole number or null"),
@@ -100,7 +100,7 @@ class Contract:
                 value = getattr(self, name)
                 try:
                     right = is_right(value)
-                except (TypeError, AttributeError):
+                except (KeyError, TypeError, AttributeError):
                     right = False
                 if not right:
                     raise UserError(f"{name} is {_shown(value)}, it must be {what}; export the encoders again")
@@ -172,6 +172,11 @@ def _is_text(value: object) -> bool:
     return isinstance(value, str) and len(value) <= MOST_TEXT
 
 
+def _is_line(value: object) -> bool:
+    """Whether it can be printed: names go to the terminal and to logs."""
+    return _is_text(value) and value.isprintable()
+
+
 def _is_count(value: object) -> bool:
     return type(value) is int and 0 < value < 2**31
 
@@ -181,7 +186,7 @@ def _is_triple(value: object) -> bool:
 
 
 def _is_dataset(value: dict[str, Any]) -> bool:
-    return _is_text(value["name"]) and type(value["cases"]) is int
+    return _is_line(value["name"]) and type(value["cases"]) is int and value["cases"] >= 0
 
 
 def _shown(value: object) -> str:

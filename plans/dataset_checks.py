@@ -9,12 +9,14 @@ from __future__ import annotations
 import io
 import itertools
 import re
+from collections.abc import Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import nibabel
 import numpy as np
 import pandas as pd
 import SimpleITK as sitk
@@ -31,6 +33,7 @@ Studies = dict[str, tuple[list[str], str | None]]
 NAMED = 3  # cases that a message names, besides the number of all
 MOST_OFF = 0.25  # of a voxel; a grid that was written in another precision is off by much less
 HELD_ENDING = re.compile(r"\.(nii|nrrd|mha|gipl|b2nd|npz|npy|pkl)(?![A-Za-z0-9])", re.IGNORECASE)
+NIBABEL_ENDINGS = (".nii.gz", ".nii")
 SIMPLEITK_ENDINGS = (".nii.gz", ".nii", ".nrrd", ".mha", ".gipl")  # of nnU-Net's readers by SimpleITK
 
 
@@ -130,8 +133,11 @@ def _check_case(
     for path in [*images, *([] if label is None else [label])]:
         name = Path(path).relative_to(raw).as_posix() if raw in Path(path).parents else Path(path).name
         try:
-            if path.endswith(SIMPLEITK_ENDINGS):
-                grids.append((name, read_grid(path, reader.endswith("WithReorient"))))
+            reorient = reader.endswith("WithReorient")
+            if path.endswith(SIMPLEITK_ENDINGS) and reader.startswith("SimpleITK"):
+                grids.append((name, read_grid(path, reorient)))
+            elif path.endswith(NIBABEL_ENDINGS) and reader.startswith("Nibabel"):
+                grids.append((name, read_nibabel_grid(path, reorient)))
             if path == label:
                 found = read_values(path, reader)
                 faults += _undeclared(found, values, name)
@@ -158,8 +164,7 @@ def read_grid(path: str, reorient: bool) -> Grid:
     header.SetFileName(path)
     header.ReadImageInformation()
     size = header.GetSize()
-    if header.GetDimension() < 3 or any(n != 1 for n in size[3:]):
-        raise ValueError(f"has the shape {'x'.join(map(str, size))}; each image must be one volume")
+    _check_volume(size)
     dimension = header.GetDimension()
     directions = np.reshape(header.GetDirection(), (dimension, dimension))[:3, :3]
     origin, spacing, size = (np.array(values[:3]) for values in (header.GetOrigin(), header.GetSpacing(), size))
@@ -176,13 +181,42 @@ def read_grid(path: str, reorient: bool) -> Grid:
     return Grid(tuple(int(size[axis]) for axis in axes), spacing[axes], corners)
 
 
+def read_nibabel_grid(path: str, reorient: bool) -> Grid:
+    """As `read_grid`, for nnU-Net's readers by nibabel, which take sheared axes, too.
+
+    Raises:
+        RuntimeError: it is no image.
+        ValueError: it is not 3D, or its header has no grid.
+    """
+    try:
+        image = nibabel.load(path)
+    except (nibabel.filebasedimages.ImageFileError, nibabel.spatialimages.HeaderDataError, OSError) as error:
+        raise RuntimeError(str(error)) from None
+    _check_volume(image.shape)
+    affine, size = image.affine, np.array(image.shape[:3])
+    if not (np.isfinite(affine).all() and abs(np.linalg.det(affine)) > 0):
+        raise ValueError("has a header without a place in space; write it again with the right one")
+    if reorient:
+        lies = nibabel.io_orientation(affine)
+        affine, size = affine @ nibabel.orientations.inv_ornt_aff(lies, size), size[np.argsort(lies[:, 0])]
+    ends = np.array(list(itertools.product((0, 1), repeat=3))) * (size - 1)
+    corners = nibabel.affines.apply_affine(affine, ends).reshape(2, 2, 2, 3)
+    return Grid(tuple(size.tolist()), nibabel.affines.voxel_sizes(affine), corners)
+
+
+def _check_volume(size: Sequence[int]) -> None:
+    """Raises ValueError where an image is none of one value a place."""
+    if len(size) < 3 or any(n != 1 for n in size[3:]):
+        raise ValueError(f"has the shape {'x'.join(map(str, size))}; each image must be one volume")
+
+
 def read_values(path: str, reader: str) -> np.ndarray:
-    """The different values of a label image, by nnU-Net's reader where SimpleITK has none for such a file.
+    """The different values of a label image, by nnU-Net's reader where that is another than SimpleITK's.
 
     Raises:
         RuntimeError: it cannot be read.
     """
-    if path.endswith(SIMPLEITK_ENDINGS):
+    if path.endswith(SIMPLEITK_ENDINGS) and reader.startswith("SimpleITK"):
         labels = sitk.GetArrayViewFromImage(image := sitk.ReadImage(path))  # noqa: F841 - the view lives as long
     else:
         from nnunetv2.imageio.reader_writer_registry import recursive_find_reader_writer_by_name

@@ -7,8 +7,9 @@ from typing import Any
 
 from nnunet_fratmae.base.command import UserError
 from nnunet_fratmae.base.jsons import load_object
-from plans.reader import check_network
-from plans.settings import Settings
+from plans.dataset_json import check_dataset_json
+from plans.fields import require
+from plans.reader import check_network, check_plans, check_settings, resolve
 from plans.staging import NETWORK as STAGING_NETWORK
 from plans.vit_pair import JOINT_NETWORK
 from plans.vit_pair import NETWORK as SEGMENTATION_NETWORK
@@ -18,34 +19,31 @@ KNOWN = (SEGMENTATION_NETWORK, JOINT_NETWORK, STAGING_NETWORK)
 
 
 def read_model_files(folder: Path, kind: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """plans.json and dataset.json of a model folder, perhaps a downloaded one, with no network in them but ours.
+    """plans.json and dataset.json of a model folder, perhaps a downloaded one, checked.
 
     Args:
         kind: what folder is wanted, for the message.
 
     Raises:
-        UserError: one cannot be read, is of no model, or names a network that is not ours.
+        UserError: one cannot be read, or as `check_dataset_json` and `plans.reader.check_plans`.
     """
     try:
         plans, dataset_json = (load_object(folder / name) for name in ("plans.json", "dataset.json"))
     except ValueError as error:
         raise UserError(f"-m {folder}: plans.json or dataset.json cannot be read ({error}); give a folder {kind} of "
                         "nnUNet_results") from None  # fmt: skip
-    where = f"-m {folder}: plans.json"
-    if not isinstance(plans.setdefault("configurations", {}), dict):
-        raise UserError(f"{where} has no configurations; give a folder {kind} of nnUNet_results")
-    for name, configuration in plans["configurations"].items():
-        if not isinstance(configuration, dict):
-            raise UserError(f"{where}, configuration {name[:40]}: must be {{...}}")
-        architecture = configuration.get("architecture") or {}
-        if isinstance(architecture, dict) and str(architecture.get("network_class_name")) in KNOWN:
-            check_architecture(architecture, f"{where}, configuration {name[:40]}")
-    if "fratmae" in plans:
-        try:
-            Settings.from_json(plans["fratmae"])
-        except UserError as error:
-            raise UserError(f"-m {folder}: {error}") from None
+    check_dataset_json(dataset_json, str(folder / "dataset.json"))
+    configurations = plans.get("configurations")
+    configurations = configurations if isinstance(configurations, dict) else {}
+    ours = [name for name, configuration in configurations.items() if _network_of(configuration) in KNOWN]
+    check_plans(plans, str(folder / "plans.json"), dataset_json, used=ours)
     return plans, dataset_json
+
+
+def _network_of(configuration: Any) -> Any:
+    architecture = configuration.get("architecture") if isinstance(configuration, dict) else None
+    name = architecture.get("network_class_name") if isinstance(architecture, dict) else None
+    return name if isinstance(name, str) else None
 
 
 def check_configuration(plans: dict[str, Any], name: str, where: str) -> None:
@@ -54,19 +52,12 @@ def check_configuration(plans: dict[str, Any], name: str, where: str) -> None:
     Raises:
         UserError: it is not there, is a part of a cascade, has settings out of bounds, or as `check_architecture`.
     """
-    from nnunetv2.utilities.plans_handling.plans_handler import PlansManager  # takes seconds, and commands read plans
-
-    try:
-        configuration = PlansManager(plans).get_configuration(name).configuration
-    except Exception as error:  # noqa: BLE001 - nnU-Net checks nothing
-        raise UserError(f"{where}: has no configuration {name} that can be read ({type(error).__name__})") from None
+    configuration = resolve(plans["configurations"], name, where)
     if configuration.get("next_stage") or configuration.get("previous_stage"):
         raise UserError(f"{where}, configuration {name}: is a part of a cascade, which FratMAE has none of")
     check_architecture(configuration.get("architecture"), f"{where}, configuration {name}")
-    try:
-        Settings.from_json(plans["fratmae"])
-    except (KeyError, UserError) as error:
-        raise UserError(f"{where}: block fratmae: {error}") from None
+    require("fratmae" in plans, f"{where}: block fratmae is missing; these are no plans of FratMAE")
+    check_settings(plans, where)
 
 
 def check_architecture(architecture: object, where: str) -> None:
@@ -75,12 +66,7 @@ def check_architecture(architecture: object, where: str) -> None:
     Raises:
         UserError: it names another class, asks for an import, or has arguments that are unknown or out of bounds.
     """
-    block = architecture if isinstance(architecture, dict) else {}
-    name, kwargs = block.get("network_class_name"), block.get("arch_kwargs")
-    if not isinstance(name, str) or name not in KNOWN:
+    name = _network_of({"architecture": architecture})
+    if name not in KNOWN:
         raise UserError(f"{where}: the network {str(name)[:80]!r} is none of FratMAE's, so it is not loaded")
-    if block.get("_kw_requires_import"):
-        raise UserError(f"{where}: _kw_requires_import must be empty, FratMAE's networks import nothing")
-    if not isinstance(kwargs, dict):
-        raise UserError(f"{where}: has no arch_kwargs")
-    check_network(kwargs, "arch_kwargs", where)
+    check_network(architecture, "architecture", where)

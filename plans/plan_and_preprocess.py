@@ -22,7 +22,16 @@ from plans.contract import read_contract
 from plans.dataset_json import read_dataset_json
 from plans.extension import count_classes, extend_plans
 from plans.fields import require
-from plans.preprocessed import FOLDS, PLANS_NAME, check_split_cases, check_splits, planning, read_json, replaced
+from plans.preprocessed import (
+    FOLDS,
+    PLANS_NAME,
+    check_split_cases,
+    check_splits,
+    copy_labels,
+    planning,
+    read_json,
+    replaced,
+)
 from plans.reader import check_names, check_plans, check_settings, check_whole_body, resolve
 from plans.settings import Settings, add_arguments, override
 from plans.vit_pair import follow_artefact, training_memory
@@ -233,6 +242,7 @@ def preprocess(
         if not (preprocessed / "dataset_fingerprint.json").is_file():  # where plans were moved; nnU-Net wants one
             with _by_nnunet(preprocessed):
                 extract_fingerprint_dataset(dataset_id, num_processes=processes, verbose=False)
+        copy_labels(preprocessed, studies, dataset_json["file_ending"])
         with replaced(fullres) as partial, _named_aside(plans, partial) as aside, _by_nnunet(preprocessed):
             preprocess_dataset(dataset_id, aside, ("3d_fullres",), num_processes=(processes,))
     if "wholebody" in configurations:

@@ -6,22 +6,20 @@ Folders of stored cases are written aside and take their place when they are who
 from __future__ import annotations
 
 import json
-import os
 import shutil
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from nnunet_fratmae.base.command import UserError, nnunet_folder
-from nnunet_fratmae.base.files import WriteError, renamed, writing_to
+from nnunet_fratmae.base.files import check_writable, renamed, writing_to
 from nnunet_fratmae.base.locks import locked
 
 PLANS_NAME = "FratMAEPlans"
 FOLDS = 5  # that nnU-Net makes by itself
 LOCK = ".planning.lock"
 STORED = (".b2nd", ".pkl", ".npz", ".npy")  # files of nnU-Net's preprocessed cases
-LEAST_FREE = 2**20  # bytes; a disk with less is full for a preprocessed case
 GROUND_TRUTH = "gt_segmentations"  # nnU-Net's copy of the labels
 
 
@@ -194,8 +192,38 @@ def planning(preprocessed: Path) -> Iterator[None]:
     """
     with writing_to(preprocessed):
         preprocessed.mkdir(parents=True, exist_ok=True)
+    check_writable(preprocessed)
     with locked(preprocessed / LOCK, str(preprocessed)):
         yield
+
+
+def copy_labels(preprocessed: Path, studies: Mapping[str, tuple[list[str], str | None]], ending: str) -> None:
+    """Copy the labels to where nnU-Net keeps them for validation, whole or not at all.
+
+    nnU-Net copies those that are newer than its copy. So half a copy, made on a full disk, or one of a label file that
+    an older one took the place of, would stay for ever.
+
+    Args:
+        studies: as `plans.store.list_raw_studies` gives them.
+
+    Raises:
+        WriteError: the disk is full, or the like.
+    """
+    folder = preprocessed / GROUND_TRUTH
+    with writing_to(folder):
+        folder.mkdir(exist_ok=True)
+    for case, (_, label) in studies.items():
+        copy = folder / f"{case}{ending}"
+        if label is None or (copy.is_file() and _stamp(copy) == _stamp(Path(label))):
+            continue
+        with renamed(copy) as partial:
+            shutil.copy2(label, partial)
+
+
+def _stamp(path: Path) -> tuple[int, int]:
+    """Bytes and time of change (ns) of a file, as copying keeps them."""
+    status = path.stat()
+    return status.st_size, status.st_mtime_ns
 
 
 @contextmanager
@@ -212,21 +240,17 @@ def replaced(folder: Path) -> Iterator[Path]:
     for left_over in (partial, before):
         check_replaceable(left_over)
         shutil.rmtree(left_over, ignore_errors=True)
-    with writing_to(folder):
-        partial.mkdir(parents=True)
-        try:
+    try:
+        with writing_to(folder):
+            partial.mkdir(parents=True)
             yield partial
-        except BaseException as error:
-            reason = why_unwritable(partial) if isinstance(error, RuntimeError) else None  # as blosc2 says it
-            shutil.rmtree(partial, ignore_errors=True)
-            if reason is None:
-                raise
-            raise WriteError(f"{folder} cannot be written to ({reason}); what was there before is whole: make room "
-                             "or permit it, then say the same again") from None  # fmt: skip
-        if folder.exists():
-            folder.rename(before)
-        partial.rename(folder)
-        shutil.rmtree(before, ignore_errors=True)
+            if folder.exists():
+                folder.rename(before)
+            partial.rename(folder)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    shutil.rmtree(before, ignore_errors=True)
 
 
 def check_replaceable(folder: Path) -> None:
@@ -237,11 +261,3 @@ def check_replaceable(folder: Path) -> None:
     if foreign:
         raise UserError(f"{folder}: holds {len(foreign)} other things than preprocessed cases, which would be lost, "
                         "such as " + foreign[0] + "; move it away, or give another data_identifier")  # fmt: skip
-
-
-def why_unwritable(folder: Path) -> str | None:
-    """Why nothing can be written to a folder, or None: it can."""
-    there = next(path for path in (folder, *folder.parents) if path.exists())
-    if not os.access(there, os.W_OK):
-        return "it is read-only"
-    return "no space left" if shutil.disk_usage(there).free < LEAST_FREE else None

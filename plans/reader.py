@@ -218,15 +218,9 @@ def _check_configuration(config: dict[str, Any], field: str, where: str) -> None
         architecture = _dict(config["architecture"], where, f"{field}.architecture")
         network = _need(architecture, "network_class_name", where, f"{field}.architecture")
         require(isinstance(network, str), f"{where}: {field}.architecture.network_class_name must be text")
-        kwargs = _dict(_need(architecture, "arch_kwargs", where, f"{field}.architecture"), where,
-                       f"{field}.architecture.arch_kwargs")  # fmt: skip
+        _need(architecture, "arch_kwargs", where, f"{field}.architecture")
         if network.startswith(OURS):
-            imported = architecture.get("_kw_requires_import", [])
-            require(imported == [], f"{where}: {field}.architecture._kw_requires_import={shown(imported)}: must be []")
-            check_network(kwargs, f"{field}.architecture.arch_kwargs", where)
-            for class_name, needed in CLASSIFIERS.items():
-                if network.endswith(class_name):
-                    _need(kwargs, needed, where, f"{field}.architecture.arch_kwargs")
+            check_network(architecture, f"{field}.architecture", where)
 
 
 def _check_channels(
@@ -261,7 +255,27 @@ def _check_channels(
 # --------------------------------------------------------------------------------------------------------- our networks
 
 
-def check_network(kwargs: dict[str, Any], field: str, where: str) -> None:
+def check_network(architecture: dict[str, Any], field: str, where: str) -> None:
+    """See that a network of ours is built of sizes that somebody trains, and of nothing that nnU-Net would import.
+
+    Args:
+        architecture: the block of a configuration, whose `network_class_name` is one of ours.
+        field: the block's name, for the messages.
+
+    Raises:
+        UserError: it is not.
+    """
+    imported = architecture.get("_kw_requires_import")
+    require(not imported, f"{where}: {field}._kw_requires_import={shown(imported)}: must be [], FratMAE's networks "
+            "import nothing")  # fmt: skip
+    kwargs, field = architecture.get("arch_kwargs"), f"{field}.arch_kwargs"
+    _check_arguments(_dict(kwargs, where, field), field, where)
+    for class_name, needed in CLASSIFIERS.items():
+        if architecture["network_class_name"].endswith(class_name):
+            _need(kwargs, needed, where, field)
+
+
+def _check_arguments(kwargs: dict[str, Any], field: str, where: str) -> None:
     """The keyword arguments of FratMAEUNETR, FratMAEJoint or FratMAEStaging (nnunet_fratmae/networks)."""
     patch, token = (_numbers(_need(kwargs, name, where, field), SIDE, where, f"{field}.{name}", whole=True, number=3)
                     for name in ("patch_size", "token_patch"))  # fmt: skip

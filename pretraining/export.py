@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from nnunet_fratmae.base.command import UserError, run_command
-from nnunet_fratmae.base.files import renamed, writing_to
+from nnunet_fratmae.base.files import writing_to
 from pretraining.checkpoint import LATEST
 
 ALIGN_NAME, CARD_NAME = "context_align.safetensors", "model_card.md"
@@ -30,10 +30,7 @@ def export(state: Mapping[str, Any], folder: Path) -> None:
         files[ALIGN_NAME] = save({name: value.cpu().contiguous() for name, value in text.items()})
     with writing_to(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    for name, content in files.items():
-        with renamed(folder / name) as partial:
-            partial.write_bytes(content)
-    save_artefact(folder, encoders, contract)
+    save_artefact(folder, encoders, contract, files)
 
 
 def model_card(contract: Any, history: list[dict[str, Any]]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -106,7 +107,8 @@ class Monitor:
         plot_reconstruction(rows, attention, stack, self.folder / "reconstruction.png", title)
         folder = self.folder / "pictures"
         folder.mkdir(exist_ok=True)
-        (folder / f"epoch_{epoch:04d}.png").write_bytes((self.folder / "reconstruction.png").read_bytes())
+        with renamed(folder / f"epoch_{epoch:04d}.png") as partial:
+            shutil.copyfile(self.folder / "reconstruction.png", partial)
 
 
 def _tensorboard(folder: Path) -> Any:

@@ -227,11 +227,8 @@ def _rows(names: list[str], held_out: list[str], records: dict, columns: dict) -
 
 
 def _write(path: Path, rows: list[dict[str, str]]) -> None:
-    try:
-        with renamed(path) as partial:
-            partial.write_text(csv_text(list(rows[0]), rows), encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"-o {path}: cannot be written ({error.strerror})") from None
+    with renamed(path) as partial:
+        partial.write_text(csv_text(list(rows[0]), rows), encoding="utf-8")
 
 
 def _summary(rows: list[dict[str, str]], columns: dict) -> None:

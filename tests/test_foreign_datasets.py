@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 from types import SimpleNamespace
 
+import nibabel
 import numpy as np
 import pytest
 import SimpleITK as sitk
@@ -105,6 +106,38 @@ def test_values_of_labels_that_dataset_json_does_not_know_are_named(labels, says
 def test_a_label_on_another_grid_is_named(geometry, says, tmp_path):
     with pytest.raises(UserError, match=f"b: labelsTr/b.nii.gz {says}"):
         check(dataset(tmp_path, labels=image(lesions(), **geometry)))
+
+
+@pytest.mark.parametrize("reader", ["NibabelIO", "NibabelIOWithReorient"])
+def test_readers_by_nibabel_take_sheared_axes_and_grids_are_compared(reader, tmp_path):
+    raw = dataset(tmp_path, DATASET | {"overwrite_image_reader_writer": reader})
+    label = raw / "labelsTr" / "b.nii.gz"
+    turned = image(lesions()[::-1], origin=(-100, -90, 718), direction=REVERSED)
+    sitk.WriteImage(turned, str(label))
+    if reader == "NibabelIO":  # which lays voxels upon voxels as they are stored
+        with pytest.raises(UserError, match="b: labelsTr/b.nii.gz lies up to 18 mm off imagesTr/b_0000.nii.gz"):
+            check(raw)
+    else:
+        check(raw)
+    sitk.WriteImage(image(lesions()[1:]), str(label))
+    with pytest.raises(UserError, match="b: labelsTr/b.nii.gz has 6x5x6 voxels, not 6x5x7 as imagesTr/b_0000.nii.gz"):
+        check(raw)
+    label.write_bytes(b"no image")
+    with pytest.raises(UserError, match="b: labelsTr/b.nii.gz cannot be read as an image"):
+        check(raw)
+    sitk.WriteImage(image(lesions()), str(label))
+    for path in raw.rglob("*.nii.gz"):
+        stored = nibabel.load(path)
+        affine = stored.affine.copy()
+        affine[0, 1] = 0.7
+        sheared = nibabel.Nifti1Image(np.asanyarray(stored.dataobj), None, stored.header)
+        sheared.set_sform(affine, 1)
+        sheared.set_qform(None, 0)
+        nibabel.save(sheared, path)
+    check(raw)
+    (raw / "dataset.json").write_text(json.dumps(DATASET), encoding="utf-8")
+    with pytest.raises(UserError, match="3 of 3 cases cannot be used"):  # ITK takes no sheared axes
+        check(raw)
 
 
 def test_a_ct_of_another_shape_or_no_image_at_all_is_named(tmp_path):

@@ -468,6 +468,23 @@ def test_a_full_disk_leaves_no_half_filled_folder(tmp_path, monkeypatch):
     assert sorted(os.listdir(tmp_path)) == ["in", "model"]
 
 
+def test_the_same_command_twice_at_once_is_refused_once(tmp_path, monkeypatch):
+    model_folder(tmp_path / "model", CT_FIRST, **DROPOUT)
+    (tmp_path / "in").mkdir()
+    write_image(tmp_path / "in" / "a_0001.nii.gz", np.ones((10, 14, 18)))
+    write = fill_missing.write_absent
+
+    def while_another_ends(path, *how):
+        write(path, *how)
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "a_0001.nii.gz").write_bytes(b"the other's")
+
+    monkeypatch.setattr(fill_missing, "write_absent", while_another_ends)
+    with pytest.raises(SystemExit, match="-o .*out: is not empty"):
+        fill(monkeypatch, tmp_path)
+    assert sorted(os.listdir(tmp_path)) == ["in", "model", "out"] and os.listdir(tmp_path / "out") == ["a_0001.nii.gz"]
+
+
 # ------------------------------------------------------------------------------------------------------ stock commands
 
 

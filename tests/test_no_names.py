@@ -108,7 +108,7 @@ def write_pairs(folder: Path) -> None:
     (folder / "clinical.csv").write_text(
         "case_id,tracer,diagnosis,age,sex,stage,patient\n"
         '"Kettler, Josephine",FDG Kettler,"Hodgkin lymphoma, Fr. Kettler",61,F,II,Kettler\n'
-        "Müßiggang_30111952,FDG,Grünwald 301152,50,M,III,Hanssen\n", encoding="utf-8",
+        'Müßiggang_30111952,68Ga-PSMA-11,"prostate cancer, Grünwald 301152",50,M,III,Hanssen\n', encoding="utf-8",
     )
 
 
@@ -171,7 +171,7 @@ def converted(tmp_path_factory) -> tuple[Workspace, list[str]]:
     said = [
         workspace.run(f"fratmae_convert_ghsg -i {inputs}/dicom -d 7 -n Trial -np 1"),
         workspace.run(f"fratmae_convert_pairs -i {inputs}/pairs -d 8 -n Pairs --ct ct.nii.gz --pet suv.nii.gz "
-                      "--seg seg.nii.gz -np 1"),
+                      f"--seg seg.nii.gz --clinical {inputs}/pairs/clinical.csv -np 1"),
     ]  # fmt: skip
     return workspace, said
 
@@ -201,14 +201,27 @@ def test_plans_and_stores_name_nobody(converted):
 
 
 @pytest.mark.slow
-def test_trainings_name_nobody(converted):
+def test_trainings_name_nobody(converted, text_tower):
     workspace, _ = converted
-    plan = f"fratmae_plan_and_preprocess -preset vit_nano -np 1 --set {' '.join(SETTINGS)}"
-    folder = workspace.folder / "pretraining"
-    said = [
-        workspace.run(f"{plan} -d 8"),
-        workspace.run(f"fratmae_pretrain -d 8 -m fratmae_notext -device cpu -o {folder}"),
-        workspace.run("nnUNetv2_train 8 3d_fullres all -tr FratMAETrainer -p FratMAEPlans -device cpu",
-                      FRATMAE_PRETRAINED=str(folder)),
-    ]  # fmt: skip
-    assert_nobody_is_named(workspace.preprocessed, workspace.results, folder, outputs=tuple(said))
+    plan = f"fratmae_plan_and_preprocess -preset vit_nano -np 1 --set staging.epochs=1 {' '.join(SETTINGS)}"
+    pretraining, artefact, table, stages = (workspace.folder / name for name in ("run", "artefact", "table", "stages"))
+    model = workspace.results / "Dataset008_Pairs" / "FratMAEStagingTrainer__FratMAEPlans__wholebody"
+    tower = f"pretrain.text_tower={text_tower} pretrain.text_weights=null pretrain.held_out=0"
+    commands = (
+        f"{plan} -d 8",
+        f"fratmae_pretrain -d 8 -device cpu -o {pretraining} --set {tower}",
+        f"fratmae_export -m {pretraining} -o {artefact}",
+        f"fratmae_retrieve -d 8 -m {pretraining} -o {table}/8.csv -device cpu",
+        "nnUNetv2_train 8 3d_fullres all -tr FratMAETrainer -p FratMAEPlans -device cpu",
+        "nnUNetv2_train 8 wholebody all -tr FratMAEStagingTrainer -p FratMAEPlans -device cpu",
+        f"fratmae_predict_stage -i {workspace.raw}/Dataset008_Pairs/imagesTr -o {stages} -m {model} -device cpu",
+    )
+    table.mkdir()
+    said = [workspace.run(command, FRATMAE_PRETRAINED=str(pretraining)) for command in commands]
+    assert (
+        len((stages / "stages.csv").read_text(encoding="utf-8").splitlines()) == 3
+        and len(list(stages.glob("*.png"))) == 2
+    )
+    assert len((table / "8.csv").read_text(encoding="utf-8").splitlines()) == 3
+    outputs = (pretraining, artefact, table, stages)
+    assert_nobody_is_named(workspace.preprocessed, workspace.results, *outputs, outputs=tuple(said))

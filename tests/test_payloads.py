@@ -214,7 +214,7 @@ GOOD = {
         ({"network_class_name": None}, {}, "none of FratMAE's"),
         ({"network_class_name": ["a"]}, {}, "none of FratMAE's"),
         ({"_kw_requires_import": ["classes"]}, {}, "_kw_requires_import"),
-        ({"arch_kwargs": None}, {}, "no arch_kwargs"),
+        ({"arch_kwargs": None}, {}, "arch_kwargs must be"),
         ({}, {"patch_size": [10**6, 10**6, 10**6]}, "patch_size"),
         ({}, {"patch_size": [4096, 4096, 4096]}, "patch_size"),
         ({}, {"token_patch": [0, 8, 8]}, "token_patch"),
@@ -238,6 +238,25 @@ def test_plans_that_cannot_be_read_are_one_line(content, tmp_path):
 
 
 # ------------------------------------------------------------------------------------------------------ not finite
+
+
+@pytest.mark.parametrize("kind", [torch.int8, torch.complex64, torch.bool])
+def test_weights_of_other_numbers_than_the_networks_are_refused(kind, tmp_path, make_trainer):
+    """torch would load them, without what they lost."""
+    encoders = dual_encoders((8, 16, 16), (4, 8, 8), **PRESETS["vit_tiny"].encoder)
+    weights = encoders.state_dict()
+    contract().save(tmp_path / "encoders.json")
+    save_file(weights | {"PET.norm.bias": weights["PET.norm.bias"].half()}, tmp_path / "encoders.safetensors")
+    load_encoders(tmp_path, encoders)
+    save_file(weights | {"PET.norm.bias": weights["PET.norm.bias"].to(kind)}, tmp_path / "encoders.safetensors")
+    assert f"PET.norm.bias is of {kind}" in one_line(load_encoders, tmp_path, encoders)
+    trainer = make_trainer()
+    path = f"{trainer.output_folder}/checkpoint_final.pth"
+    trainer.save_checkpoint(path)
+    saved = torch.load(path, weights_only=False)
+    saved["network_weights"]["encoders.CT.norm.weight"] = saved["network_weights"]["encoders.CT.norm.weight"].to(kind)
+    torch.save(saved, path)
+    assert f"encoders.CT.norm.weight is of {kind}" in one_line(trainer.load_checkpoint, path)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

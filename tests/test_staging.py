@@ -33,7 +33,7 @@ from plans.staging import NETWORK, read_cohort, read_labels, staging_plans
 from plans.store import Study
 from pretraining.pretrain import _left_out
 from tests.orientations import store_in_all_orientations
-from tests.test_plans import write_artefact
+from tests.test_plans import stock_plans, write_artefact
 
 PATCH, TOKEN = (8, 24, 32), (4, 8, 8)
 SMALL = {"patch_size": PATCH, "token_patch": TOKEN, "embed_dim": 24, "depth": 4, "num_heads": 2}
@@ -590,8 +590,9 @@ def test_the_picture_has_the_patient_upright_with_his_right_on_the_left():
 def test_models_and_images_that_cannot_be_used_are_named(tmp_path):
     with pytest.raises(UserError, match="plans.json or dataset.json cannot be read"):
         predict_stage.read_model(tmp_path)
-    for name in ("plans.json", "dataset.json"):
-        (tmp_path / name).write_text("{}", encoding="utf-8")
+    description = {"channel_names": {"0": "CT", "1": "CT"}, "file_ending": ".nii.gz"}
+    (tmp_path / "plans.json").write_text(json.dumps(stock_plans()), encoding="utf-8")
+    (tmp_path / "dataset.json").write_text(json.dumps(description), encoding="utf-8")
     with pytest.raises(UserError, match="has no classifier"):
         predict_stage.read_model(tmp_path)
     with pytest.raises(UserError, match="no fold_X/checkpoint_final.pth"):
@@ -603,10 +604,9 @@ def test_models_and_images_that_cannot_be_used_are_named(tmp_path):
     assert [path.parent.name for path in found] == ["fold_0", "fold_3"]
     with pytest.raises(UserError, match="-f 1: .*fold_1/checkpoint_final.pth is not there"):
         predict_stage.find_checkpoints(tmp_path, ["0", "1"], "checkpoint_final.pth")
-    plans, description = staging_plans(PLANS, ["a", "b"]), {"channel_names": {"0": "CT", "1": "CT"}}
+    plans = staging_plans(PLANS, ["a", "b"])
     with pytest.raises(UserError, match="cannot be read as weights"):
         predict_stage.load_network(plans, description, found[0])
-    description["file_ending"] = ".nii.gz"
     with pytest.raises(UserError, match="no images CASE_0000.nii.gz"):
         predict_stage.find_studies(tmp_path / "nowhere", description)
     sitk.WriteImage(sitk.Image(2, 3, 4, sitk.sitkFloat32), str(tmp_path / "a_0001.nii.gz"))

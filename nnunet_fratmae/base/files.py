@@ -5,13 +5,15 @@ from __future__ import annotations
 import os
 import platform
 import re
+import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from nnunet_fratmae.base.command import UserError
 
+LEAST_FREE = 2**20  # bytes; a disk with less is full
 _NODE = re.sub(r"[^A-Za-z0-9.-]", "-", platform.node()) or "node"
 
 
@@ -22,12 +24,43 @@ class WriteError(UserError):
 
 @contextmanager
 def writing_to(place: Path) -> Iterator[None]:
-    """Any OSError within is a WriteError that names `place`, a folder or a file."""
+    """Any OSError within is a WriteError that names `place`, a folder or a file; and so is a RuntimeError, as which
+    torch, ITK and blosc2 report such, where it came of an OSError or the disk proves full or read-only."""
     try:
         yield
     except OSError as error:
-        raise WriteError(f"{place} cannot be written to ({error.strerror or error}); make room there or permit it, "
-                         "then say the same again") from None  # fmt: skip
+        is_file = isinstance(error, FileExistsError)  # where a folder is to be made
+        raise _unwritten(place, "it is a file" if is_file else error.strerror or str(error)) from None
+    except RuntimeError as error:
+        within = error.__context__  # where torch writes to a file of Python's
+        reason = within.strerror if isinstance(within, OSError) else why_unwritable(place)
+        if reason is None:
+            raise
+        raise _unwritten(place, reason) from None
+
+
+def _unwritten(place: Path, reason: str) -> WriteError:
+    return WriteError(f"{place} cannot be written to ({reason}); what was there before is whole: make room there, "
+                      "permit it or give another place, then say the same again")  # fmt: skip
+
+
+def why_unwritable(place: Path) -> str | None:
+    """Why nothing can be written to a folder or beside a file, or None: it can."""
+    there = next(path for path in (place, *place.absolute().parents) if path.is_dir())
+    if not os.access(there, os.W_OK):
+        return "it is read-only"
+    return "no space left" if shutil.disk_usage(there).free < LEAST_FREE else None
+
+
+def check_writable(folder: Path) -> None:
+    """For commands that let nnU-Net write: it begins its files anew in place, and on a full disk leaves them empty.
+
+    Raises:
+        WriteError: nothing can be written to `folder`.
+    """
+    reason = why_unwritable(folder)
+    if reason is not None:
+        raise _unwritten(folder, reason)
 
 
 @contextmanager
@@ -39,15 +72,16 @@ def renamed(path: Path) -> Iterator[Path]:
     Raises:
         WriteError: the disk is full, or the like.
     """
-    _remove_left_over(path)
     partial = path.with_name(f".partial_{_NODE}_{os.getpid()}_{path.name}")
-    with writing_to(path):
-        try:
+    try:
+        with writing_to(path):
+            _remove_left_over(path)
             yield partial
             os.replace(partial, path)
-        except BaseException:
+    except BaseException:
+        with suppress(OSError):
             partial.unlink(missing_ok=True)
-            raise
+        raise
 
 
 def _remove_left_over(path: Path) -> None:

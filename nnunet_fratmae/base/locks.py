@@ -11,7 +11,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from nnunet_fratmae.base.command import UserError
-from nnunet_fratmae.base.files import writing_to
+from nnunet_fratmae.base.files import check_writable, writing_to
 
 LOCK_NAME = ".lock"
 UNABLE = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
@@ -103,6 +103,7 @@ def alone_in(folder: Path) -> Iterator[None]:
     """
     with writing_to(folder):
         folder.mkdir(parents=True, exist_ok=True)
+        check_writable(folder)
         file = (folder / LOCK_NAME).open("a", encoding="utf-8")
     with file:
         if os.name == "posix":
@@ -115,6 +116,8 @@ def alone_in(folder: Path) -> Iterator[None]:
                                 "folder") from None  # fmt: skip
             except OSError:  # a file system without locks
                 pass
-        yield
-    with suppress(OSError):
-        (folder / LOCK_NAME).unlink()
+        try:
+            yield
+        finally:
+            with suppress(OSError):
+                (folder / LOCK_NAME).unlink()
