@@ -27,6 +27,7 @@ from nnunet_fratmae.predict_stage import write_stages
 from plans.preprocessed import copy_labels, planning
 from plans.settings import PRESETS
 from pretraining import monitor, retrieve
+from pretraining.fratmae import FratMAE, FratMAEMethod
 from tests.test_plans import contract
 
 SAYS = r"cannot be written to \(.*\); what was there before is whole"
@@ -104,13 +105,17 @@ def test_labels_that_validation_reads_are_whole_and_those_of_today(tmp_path):
 def test_a_picture_of_a_pretraining(tmp_path, monkeypatch):
     monkeypatch.setattr(monitor, "plot_reconstruction", lambda *_: None)
     (tmp_path / "reconstruction.png").write_bytes(bytes(5000))
-    settings = SimpleNamespace(pretrain=SimpleNamespace(is_cross_modal=False), wholebody=SimpleNamespace(stack="axial"))
-    stub = SimpleNamespace(folder=tmp_path, settings=settings, _row=lambda *_: None)
-    model, held_out = SimpleNamespace(eval=lambda: None), SimpleNamespace(cases=[SimpleNamespace(name="a")])
-    with pytest.raises(WriteError, match=f"epoch_0003.png {SAYS}"), full(1000):
-        monitor.Monitor.picture(stub, model, held_out, 3)
+    stub = SimpleNamespace(folder=tmp_path, settings=SimpleNamespace(wholebody=SimpleNamespace(stack="axial")))
+    encoder, decoder = {"embed_dim": 12, "depth": 1, "num_heads": 1}, {"dim": 12, "depth": 1, "num_heads": 1}
+    method = FratMAEMethod(FratMAE((4, 8, 16), (2, 4, 8), encoder, decoder), 0.5, is_cross_modal=True)
+    held_out = SimpleNamespace(
+        cases=[SimpleNamespace(name="a")], images=torch.rand(1, 2, 4, 8, 16), masks=method.fixed_masks(1)
+    )
+    with pytest.raises(WriteError, match=f"epoch_0003.png {SAYS}"), full(1000), torch.no_grad():
+        monitor.Monitor.picture(stub, method, held_out, 3)
     assert not os.listdir(tmp_path / "pictures")
-    monitor.Monitor.picture(stub, model, held_out, 3)
+    with torch.no_grad():
+        monitor.Monitor.picture(stub, method, held_out, 3)
     assert (tmp_path / "pictures" / "epoch_0003.png").stat().st_size == 5000
 
 
