@@ -84,7 +84,7 @@ def find_visits(
     closed: dict[Path, list[Path]] = {}
     archives: Counter[str] = Counter()
     for root in inputs:
-        found, bad = scan(root, progress)
+        found, bad = scan(root, progress, messages)
         closed[root] = unreadable_folders(root)
         archives += count_archives(root)
         unreadable += bad
@@ -101,7 +101,7 @@ def find_visits(
     if not visits:
         where = " ".join(map(str, inputs))
         raise UserError(f"-i {where}: holds no PET or CT, neither DICOM nor NIfTI; "
-                        + (packed or "give the folder of the studies"))  # fmt: skip
+                        + ("; ".join(messages) or packed or "give the folder of the studies"))  # fmt: skip
     messages += [packed] if packed else []
     for folders in people.folders.values():
         if folders.level:

@@ -17,6 +17,7 @@ from pydicom.tag import Tag
 from tqdm import tqdm
 
 from nnunet_fratmae.base.command import UserError
+from nnUNet_raw_conversion.dicom.fields import field_name
 from nnUNet_raw_conversion.dicom.limits import check_file
 from nnUNet_raw_conversion.shown import secrets_of, shown_words
 
@@ -69,13 +70,19 @@ class Series:
         return frozenset(uid for part in self.parts for uid in (part.series_uid, *part.other_uids))
 
 
-def scan(folder: Path, progress: bool = True) -> tuple[list[Series], int]:
+def scan(
+    folder: Path, progress: bool = True, messages: list[str] | None = None
+) -> tuple[list[Series], int]:
     """All series below `folder`, ordered by patient, date and UIDs; how many DICOM files and folders cannot be read.
 
     Files are told by their content, so that names, extensions and folders do not matter; DICOMDIR and other files are
     passed over. A SOP instance that is there twice counts once. A SeriesInstanceUID that several patients, studies or
     modalities share, as happens where data are de-identified by hand, makes several series; slices that each have a
-    SeriesInstanceUID of their own, and all else alike, make one.
+    SeriesInstanceUID of their own, and all else alike, make one. Series without StudyInstanceUID are of the study in
+    whose frame of reference they are.
+
+    Args:
+        messages: what files lack that are left out is added to it.
 
     Raises:
         UserError: there is no such folder.
@@ -88,6 +95,7 @@ def scan(folder: Path, progress: bool = True) -> tuple[list[Series], int]:
     files = sorted(_files(folder, closed))
     bad: dict[Path, str] = {}  # DICOM files that cannot be read, with their Modality as far as it can be
     strange: list[Path] = []
+    lacking: Counter[str] = Counter()
     for file in tqdm(files, "reading headers", unit="file", disable=not progress, leave=False):
         modality = ""
         try:
@@ -100,12 +108,14 @@ def scan(folder: Path, progress: bool = True) -> tuple[list[Series], int]:
                 continue
             modality = _text(head, "Modality")
             key = tuple(_text(head, k) for k in ("PatientID", "StudyInstanceUID", "SeriesInstanceUID", "Modality"))
-            instance = _text(head, "SOPInstanceUID")
+            instance = _text(head, "SOPInstanceUID") or _text(head.file_meta, "MediaStorageSOPInstanceUID")
+            missing = [k for k in ("SeriesInstanceUID", "Modality") if not _text(head, k)]
         except Exception:  # a damaged file makes pydicom raise nearly anything
             bad[file] = modality
             continue
-        if not all(key[1:]) or not instance:
+        if missing or not instance:
             bad[file] = modality
+            lacking[field_name(missing[0] if missing else "SOPInstanceUID")] += 1
             continue
         found.setdefault(key, {}).setdefault(instance, file)
     series = []
@@ -116,7 +126,10 @@ def scan(folder: Path, progress: bool = True) -> tuple[list[Series], int]:
             bad |= dict.fromkeys(files, key[3])
         else:
             series.append(_series(*key, files, header))
-    series = _with_lost(_regrouped(series), bad, strange)
+    series = _with_lost(_regrouped(_with_study(series)), bad, strange)
+    if messages is not None:
+        messages += [f"{count} DICOM files have no {name} and are left out; export them again"
+                     for name, count in sorted(lacking.items())]  # fmt: skip
     unreadable = len(closed) + len(bad)
     return sorted(series, key=lambda s: (s.patient, s.date, s.study_uid, s.modality, s.series_uid)), unreadable
 
@@ -150,6 +163,21 @@ def _frame_of(header: pydicom.Dataset) -> str:
     for reference in header.get("ReferencedFrameOfReferenceSequence") or []:
         frame = frame or _text(reference, "FrameOfReferenceUID")
     return frame
+
+
+def _with_study(series: list[Series]) -> list[Series]:
+    """Series without StudyInstanceUID put into the study of their patient that has their frame of reference, else all
+    of a frame into one of its own: a frame is of one session at one scanner."""
+    studies = {(one.patient, one.frame_uid): one.study_uid for one in series if one.study_uid and one.frame_uid}
+    told = []
+    for one in series:
+        if not one.study_uid:
+            frame = studies.get((one.patient, one.frame_uid)) or (one.frame_uid and f"frame {one.frame_uid}")
+            how = "the frame of reference tells what belongs to it" if frame else "nothing tells what belongs to it"
+            said = f"{field_name('StudyInstanceUID')} is missing; {how}"
+            one = replace(one, study_uid=frame or f"series {one.series_uid}", remarks=(*one.remarks, said))
+        told.append(one)
+    return told
 
 
 def _regrouped(series: list[Series]) -> list[Series]:
@@ -204,7 +232,7 @@ def _with_lost(series: list[Series], bad: dict[Path, str], strange: list[Path]) 
             near = {i for folder, found in images.items() if folder.parent == file.parent.parent for i in found}
             beside.update(near if len({series[i].patient for i in near}) == 1 else ())
     said = "{} DICOM files in folders beside the images cannot be read; if contours are among them, copy them again"
-    return [replace(one, lost=lost[i], remarks=(said.format(beside[i]),) if beside[i] else ())
+    return [replace(one, lost=lost[i], remarks=(*one.remarks, *([said.format(beside[i])] if beside[i] else ())))
             for i, one in enumerate(series)]  # fmt: skip
 
 
