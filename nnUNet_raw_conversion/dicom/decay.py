@@ -46,6 +46,7 @@ ROUNDING = timedelta(seconds=1.5)  # times are often written in whole seconds
 CLOCK_ERROR = timedelta(seconds=1)
 # One field by itself is not believed if it says that the scan began so long before the first slice.
 LONGEST_WAIT = timedelta(hours=1)
+LONGEST_SCAN = timedelta(hours=3)  # from the first bed to the last, two passes of a whole body included
 DECAY_FACTOR = field_name("DecayFactor")
 DECAY_DATETIME, GE_SCAN = "DecayCorrectionDateTime", "GE's scan date-time (0009,100d)"
 
@@ -88,10 +89,31 @@ def is_blank(clock: str) -> bool:
 
 
 def acquisition_times(headers: Sequence[pydicom.Dataset]) -> list[datetime | None]:
-    """When the frame of each slice began; None for all where all of them say 00:00:00."""
+    """When the frame of each slice began; None for all where all of them say 00:00:00, and for those that alone do.
+
+    A bed that begins at midnight is told by the others, which are next to it.
+    """
     if all(is_blank(text_of(header, "AcquisitionTime")) for header in headers):
         return [moment_of(header, "FrameAcquisitionDateTime", header) for header in headers]
-    return [_acquired(header) for header in headers]
+    times = [_acquired(header) for header in headers]
+    if _duration(times) <= LONGEST_SCAN:
+        return times
+    latest = max(time for time in times if time)
+    # One date for all, or none, though the scan went on over midnight
+    later = [time + timedelta(days=1) if time and latest - time > timedelta(hours=12) else time for time in times]
+    if _duration(later) <= LONGEST_SCAN:
+        return later
+    return [None if is_blanked(header) else time for header, time in zip(headers, times, strict=True)]
+
+
+def is_blanked(header: pydicom.Dataset) -> bool:
+    """Whether the time of the frame is said, but as 00:00:00."""
+    return is_blank(text_of(header, "AcquisitionTime")) and not text_of(header, "FrameAcquisitionDateTime")
+
+
+def _duration(times: Sequence[datetime | None]) -> timedelta:
+    known = [time for time in times if time]
+    return max(known) - min(known) if known else timedelta(0)
 
 
 def _acquired(header: pydicom.Dataset) -> datetime | None:

@@ -15,7 +15,9 @@ from nnUNet_raw_conversion.dicom.radionuclide import longest_uptake_s
 
 START_TIME, START_DATETIME = "RadiopharmaceuticalStartTime", "RadiopharmaceuticalStartDateTime"
 SHORT_LIVED_S, DYNAMIC_FRAME_S, AT_ONCE_S = 1800.0, 600.0, 30.0  # see check_not_at_once
-UTC_IS_LOCAL = timedelta(minutes=80)  # an hour less would leave 20 min, see _check_zone
+# Between injection and scan, as protocols have it for the nuclides of hours; what of several readings is so is likely
+USUAL_UPTAKE = timedelta(minutes=35), timedelta(minutes=150)
+HOUR = timedelta(hours=1)
 
 
 def injection_time(
@@ -27,35 +29,20 @@ def injection_time(
     its date is not that of the images, as where de-identification moved the two by different numbers of days, and only
     a time of day counts: RadiopharmaceuticalStartTime (0018,1072), or that of the date-time, on the day of the scan, or
     the day before if that is after the scan. Where both could be and differ, the time of day is right if the date-time
-    states a time zone and they differ by whole half hours; else nothing decides.
+    states a time zone and they differ by whole half hours; else nothing decides. 00:00:00 is a time only where both
+    fields say it and the scan is shortly after midnight.
     """
     text, clock_text = text_of(drug, START_DATETIME), text_of(drug, START_TIME)
-    stated = None if is_blank(re.split("[+-]", text[8:])[0]) else parse_datetime(text, headers[0])
-    clock = None if is_blank(clock_text) else parse_time(clock_text)
     longest = longest_uptake_s(half_life)
-    by_clock = None if clock is None or longest > 86400 else _on_day_of(scan, clock)  # Zr-89 is imaged days later
+    if is_blank(_time_of(text)) and is_blank(clock_text):
+        stated, clock = _at_midnight(text, headers[0], scan, notes), None
+    else:
+        stated = None if is_blank(_time_of(text)) else parse_datetime(text, headers[0])
+        clock = None if is_blank(clock_text) else parse_time(clock_text)
+    if clock is None and stated:
+        stated = _in_zone(stated, text, headers[0], scan, half_life, notes)
     if stated and 0 <= (scan - stated).total_seconds() <= longest:
-        if clock is None:
-            _check_zone(text, headers[0], scan - stated)
-            return stated
-        local = min((_midnight(stated) + clock + timedelta(days=days) for days in (-1, 0, 1)),
-                    key=lambda time: abs(time - stated))  # fmt: skip
-        if abs(local - stated) <= timedelta(seconds=60) and abs(local - stated) <= span(CONTRADICT, half_life):
-            return stated
-        if zone_of(text) and whole_half_hours(local, stated):
-            notes.append(f"{field_name(START_DATETIME)} is in another time zone than {field_name(START_TIME)}, which "
-                         "is used")  # fmt: skip
-            return local
-        if by_clock is None or (scan - by_clock).total_seconds() > longest or abs(local - stated) <= span(
-            CONTRADICT, half_life
-        ):
-            notes.append(f"{field_name(START_DATETIME)} and {field_name(START_TIME)} contradict each other, the first "
-                         "is used")  # fmt: skip
-            return stated
-        ratio = 2 ** ((by_clock - stated).total_seconds() / half_life)
-        raise UserError(f"PET: the time of the injection is not certain: {field_name(START_TIME)} (SUV x 1) and "
-                        f"{field_name(START_DATETIME)} (SUV x {ratio:.3f}) contradict each other; give "
-                        "injection_datetime with --suv-override", "SUV_TIME_CONTRADICTS")  # fmt: skip
+        return stated if clock is None else _of_both(stated, clock, text, scan, half_life, notes)
     if clock is None and stated:
         clock = stated - _midnight(stated)
     if clock is None:
@@ -72,22 +59,94 @@ def injection_time(
     return _on_day_of(scan, clock)
 
 
+def _of_both(
+    stated: datetime, clock: timedelta, text: str, scan: datetime, half_life: float, notes: list[str]
+) -> datetime:
+    """The injection by a date-time that can be and a time of day.
+
+    Raises:
+        UserError: they differ, and nothing decides.
+    """
+    local = min((_midnight(stated) + clock + timedelta(days=days) for days in (-1, 0, 1)),
+                key=lambda time: abs(time - stated))  # fmt: skip
+    if abs(local - stated) <= timedelta(seconds=60) and abs(local - stated) <= span(CONTRADICT, half_life):
+        return stated
+    if zone_of(text) and whole_half_hours(local, stated):
+        notes.append(f"{field_name(START_DATETIME)} is in another time zone than {field_name(START_TIME)}, which "
+                     "is used")  # fmt: skip
+        return local
+    longest = longest_uptake_s(half_life)
+    by_clock = None if longest > 86400 else _on_day_of(scan, clock)  # Zr-89 is imaged days later
+    far = by_clock is None or (scan - by_clock).total_seconds() > longest
+    if far or abs(local - stated) <= span(CONTRADICT, half_life):
+        notes.append(f"{field_name(START_DATETIME)} and {field_name(START_TIME)} contradict each other, the first "
+                     "is used")  # fmt: skip
+        return stated
+    ratio = 2 ** ((by_clock - stated).total_seconds() / half_life)
+    raise UserError(f"PET: the time of the injection is not certain: {field_name(START_TIME)} (SUV x 1) and "
+                    f"{field_name(START_DATETIME)} (SUV x {ratio:.3f}) contradict each other; give "
+                    "injection_datetime with --suv-override", "SUV_TIME_CONTRADICTS")  # fmt: skip
+
+
+def _at_midnight(text: str, header: pydicom.Dataset, scan: datetime, notes: list[str]) -> datetime | None:
+    """An injection of which both fields say 00:00:00, if a scan so long after midnight is usual; else it is blanked."""
+    stated = parse_datetime(text, header)
+    if stated is None or zone_of(text) or not _is_usual(scan - stated):
+        return None
+    notes.append(f"{field_name(START_DATETIME)} and {field_name(START_TIME)} are 00:00:00, which is taken for the time "
+                 "of the injection, for the scan is shortly after it")  # fmt: skip
+    return stated
+
+
+def _in_zone(
+    stated: datetime, text: str, header: pydicom.Dataset, scan: datetime, half_life: float, notes: list[str]
+) -> datetime:
+    """The injection by a date-time alone that says +0000, as many systems write for local time.
+
+    Args:
+        stated: in the time of the header, whose zone is another or is not said.
+
+    Raises:
+        UserError: the uptake could be by the zone, and by local time, and nothing decides.
+    """
+    if zone_of(text)[1:] != "0000" or span(CONTRADICT, half_life) > HOUR:
+        return stated  # of nuclides of days an hour does not matter
+    short = half_life < SHORT_LIVED_S
+    zone, uptake = text_of(header, "TimezoneOffsetFromUTC"), scan - stated
+    local = parse_datetime(text[: -len(zone_of(text))], header)
+    said = f"{field_name(START_DATETIME)} is in UTC"
+    if zone and local != stated and not short and not _is_usual(uptake) and _is_usual(scan - local):
+        if not 0 <= uptake.total_seconds() <= longest_uptake_s(half_life):
+            notes.append(f"{said}, by which it cannot be; it is taken for local time")
+            return local
+        raise UserError(f"PET: the time of the injection is not certain: {said}, {uptake.total_seconds() / 60:.0f} min "
+                        f"before the scan, but as local time it would be {(scan - local).total_seconds() / 60:.0f} min "
+                        "before it; give injection_datetime with --suv-override",
+                        "SUV_TIME_CONTRADICTS")  # fmt: skip
+    # Without the header's zone that may be one to the east, where the uptake is some hours less
+    if not zone and uptake > HOUR + (timedelta(0) if short else USUAL_UPTAKE[0]):
+        raise UserError(f"PET: the time of the injection is not certain: {said} and the header does not say in which "
+                        "time zone the scan is; give injection_datetime with --suv-override",
+                        "SUV_TIME_CONTRADICTS")  # fmt: skip
+    if not zone and uptake > HOUR:
+        notes.append(f"{said}, and the header does not say in which time zone the scan is; it is taken for local time, "
+                     "for an hour less is too little before a scan")  # fmt: skip
+    return stated
+
+
+def _is_usual(uptake: timedelta) -> bool:
+    return USUAL_UPTAKE[0] <= uptake <= USUAL_UPTAKE[1]
+
+
+def _time_of(text: str) -> str:
+    """The time of a DICOM DT, without its date and zone."""
+    return re.split("[+-]", text[8:])[0]
+
+
 def _on_day_of(scan: datetime, clock: timedelta) -> datetime:
     """The last time before the scan at which it was `clock`."""
     injection = _midnight(scan) + clock
     return injection if injection <= scan else injection - timedelta(days=1)
-
-
-def _check_zone(text: str, header: pydicom.Dataset, uptake: timedelta) -> None:
-    """Raises UserError where an injection in UTC is all there is and the zone of the scan's times may be another.
-
-    Many systems write +0000 for local time. If the zone were one hour east, the uptake would be an hour less: where
-    that leaves too little for a scan, it is local time.
-    """
-    if zone_of(text)[1:] == "0000" and not text_of(header, "TimezoneOffsetFromUTC") and uptake > UTC_IS_LOCAL:
-        raise UserError(f"PET: the time of the injection is not certain: {field_name(START_DATETIME)} is in UTC and "
-                        "the header does not say in which time zone the scan is; give injection_datetime with "
-                        "--suv-override", "SUV_TIME_CONTRADICTS")  # fmt: skip
 
 
 def _midnight(moment: datetime) -> datetime:

@@ -22,6 +22,7 @@ from nnUNet_raw_conversion.dicom.decay import (
     Evidence,
     acquisition_times,
     durations,
+    is_blanked,
     reference_time,
     series_time,
     span,
@@ -239,6 +240,8 @@ def _dose_left(
         raise UserError(f"PET: {field_name('AcquisitionTime')} is missing or 00:00:00, and with it the time of the "
                         f"scan; export the PET again with it, or as SUVbw{give}", "SUV_TIME_MISSING")  # fmt: skip
     scan = min(known)
+    if any(acquired) and not override.decay_reference:
+        _check_blanked(headers, acquired, scan, half_life)
     injection = override.injection or injection_time(headers, drug, scan, half_life, notes)
     uptake, left = (scan - injection).total_seconds(), 1.0
     if override.injection:
@@ -262,6 +265,19 @@ def _dose_left(
         check_elapsed(elapsed.min(), half_life)
     notes.append(f"{elapsed.min() / 60:.0f} min from injection to scan")
     return np.exp2(-elapsed / half_life) * left
+
+
+def _check_blanked(
+    headers: list[pydicom.Dataset], acquired: list[datetime | None], scan: datetime, half_life: float
+) -> None:
+    """Raises UserError where some times of beds are blanked ones, and no SeriesTime says that the first bed's is not.
+    """
+    blanked = sum(time is None and is_blanked(header) for header, time in zip(headers, acquired, strict=True))
+    series = series_time(headers[0])
+    if blanked and not (series and abs(series - scan) <= span(CONTRADICT, half_life)):
+        raise UserError(f"PET: {field_name('AcquisitionTime')} of {blanked} of {len(headers)} slices is 00:00:00, as "
+                        "anonymisers write, so the start of the scan is not certain; give decay_reference_datetime "
+                        "with --suv-override", "SUV_TIME_MISSING")  # fmt: skip
 
 
 def _half_life_s(drug: pydicom.Dataset, override: SuvOverride, notes: list[str]) -> float:
