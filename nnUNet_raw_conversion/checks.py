@@ -48,7 +48,6 @@ def checked_case(
     pet = _on_grid(pet, target, 0, "PET", grid, notes)
     if ct is not None:
         ct = _on_grid(ct, target, AIR_HU, "CT", grid, notes)
-        del target  # before the peak of memory
         notes += check_pair(sitk.GetArrayViewFromImage(ct), sitk.GetArrayViewFromImage(pet))
         _check_outlines(ct, pet)
         if np.mean(np.all(sitk.GetArrayViewFromImage(ct) == AIR_HU, axis=(1, 2))) > 0.05:
