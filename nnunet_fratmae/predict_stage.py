@@ -21,7 +21,7 @@ from nnunet_fratmae.base.units import PRETRAINING_UNITS
 from plans.channels import channel_modalities, find_channels, find_modalities
 from plans.models import check_architecture, read_model_files
 from plans.reader import check_whole_body
-from plans.settings import STACKS, Settings
+from plans.settings import Settings, stack_steps
 from plans.staging import NETWORK, STAGING_CONFIGURATION, staging_plans
 from plans.vit_pair import JOINT_NETWORK
 
@@ -304,6 +304,6 @@ def voxel_size(plans: dict[str, Any], properties: dict[str, Any]) -> list[float]
     whole = Settings.from_json(plans["fratmae"]).wholebody
     spacing = [properties["spacing"][axis] for axis in plans["transpose_forward"]]
     extent = np.multiply(spacing, properties["shape_after_cropping_and_before_resampling"])
-    steps = [whole.k if axis == STACKS[whole.stack] else 1 for axis in range(3)]
+    steps = stack_steps(whole.stack, whole.k)
     h, w, d = (float(e / g * step) for e, g, step in zip(extent, whole.grid, steps, strict=True))
     return [d, h, w]

@@ -13,7 +13,7 @@ from nnunet_fratmae.base.command import UserError
 from nnunet_fratmae.base.jsons import read_object
 from nnunet_fratmae.base.units import MODALITIES, units_contract
 from nnunet_fratmae.networks.strides import TOKEN_SIDES
-from plans.settings import METHODS, MOST_TOKENS, MOST_VOXELS, PRESETS, STACKS
+from plans.settings import METHODS, MOST_TOKENS, MOST_VOXELS, PRESETS, STACKS, stack_steps
 
 WEIGHTS_NAME, CONTRACT_NAME = "encoders.safetensors", "encoders.json"
 FORMAT = "fratmae-encoders-2"  # 1 had other position embeddings
@@ -80,7 +80,7 @@ class Contract:
         if self.stack not in STACKS or self.method not in METHODS or tuple(self.modalities) != MODALITIES:
             raise UserError(f"stack {_shown(self.stack)}, method {_shown(self.method)} and modalities "
                             f"{_shown(self.modalities)} are not all known to this version")  # fmt: skip
-        steps = [self.k if axis == STACKS[self.stack] else 1 for axis in range(3)]
+        steps = stack_steps(self.stack, self.k)
         if any(p * step > g for p, step, g in zip(self.patch, steps, self.grid, strict=True)):
             raise UserError(f"patch {self.patch} of every {self.k}. slice does not fit in grid {self.grid}")
 

@@ -17,6 +17,14 @@ from plans.fields import bounded, build, check_fields, require, shown, shown_nam
 
 STACKS = {"coronal": 0, "axial": 2}
 """The axis of (H, W, D) along which the slices of a patch are stacked."""
+
+
+def stack_steps(stack: str, k: int) -> tuple[int, int, int]:
+    """Of a whole-body patch the step along (H, W, D): k along the axis of its stack, 1 along the others."""
+    h, w, d = (k if axis == STACKS[stack] else 1 for axis in range(3))
+    return h, w, d
+
+
 METHODS = ("fratmae", "fratmae_notext", "mae", "mae_text")
 """Arms of the paper's table 3: cross-modal or each modality alone, with ContextAlign or without."""
 USED = ("both", *MODALITIES)
@@ -99,7 +107,7 @@ class WholeBody:
     def __post_init__(self) -> None:
         check_fields(self, "fratmae.wholebody.")
         if None not in (self.grid, self.patch, self.k):
-            steps = [self.k if axis == STACKS[self.stack] else 1 for axis in range(3)]
+            steps = stack_steps(self.stack, self.k)
             fits = all(p * s <= g for p, s, g in zip(self.patch, steps, self.grid, strict=True))
             require(fits, f"fratmae.wholebody.patch {self.patch} with k={self.k} does not fit in "
                     f"wholebody.grid {self.grid}")  # fmt: skip

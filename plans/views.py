@@ -9,7 +9,7 @@ import numpy as np
 from torch import Tensor
 
 from nnunet_fratmae.base.units import PRETRAINING_UNITS, shift_above_air
-from plans.settings import STACKS, Pretrain, WholeBody
+from plans.settings import Pretrain, WholeBody, stack_steps
 from plans.store import Window
 
 Key = tuple[int, int]
@@ -33,15 +33,9 @@ def window(shape: Sequence[int], patch: Sequence[int], steps: Sequence[int], dra
     return slices[0], slices[1], slices[2]
 
 
-def steps_of(whole: WholeBody) -> tuple[int, int, int]:
-    """Of a whole-body patch: k along the axis of its stack, 1 along the others."""
-    h, w, d = (whole.k if axis == STACKS[whole.stack] else 1 for axis in range(3))
-    return h, w, d
-
-
 def central_window(whole: WholeBody, phase: float = 0.0) -> Window:
     """The middle patch of the whole-body grid (paper section 2.4: "centrally cropped"), `phase` in [0, 1)."""
-    return window(whole.grid, whole.patch, steps_of(whole), (0.5, 0.5, 0.5, phase))
+    return window(whole.grid, whole.patch, stack_steps(whole.stack, whole.k), (0.5, 0.5, 0.5, phase))
 
 
 # ----------------------------------------------------------------------------------------------------------- how varied
@@ -85,7 +79,7 @@ class Views:
         study = index % self.studies
         if self.cumulative is not None:
             study = min(int(np.searchsorted(self.cumulative, pick, side="right")), self.studies - 1)
-        place = window(self.whole.grid, self.whole.patch, steps_of(self.whole), places)
+        place = window(self.whole.grid, self.whole.patch, stack_steps(self.whole.stack, self.whole.k), places)
         return varied(study, place, mirror, scale, shift, self.options)
 
 
