@@ -38,7 +38,7 @@ from nnunet_fratmae.networks.vit import (
 from plans.contract import Contract
 from plans.settings import Settings
 from pretraining.data import Case
-from pretraining.method import Method, generator_of
+from pretraining.method import Method, generator_of, number_of
 
 if TYPE_CHECKING:  # open_clip takes seconds to import, and two of the four arms do without it
     from pretraining.context_align import ContextAlign
@@ -271,7 +271,6 @@ class FratMAEMethod(Method):
         self.fratmae, self.context_align, self.text_tower = fratmae, align, tower
         self.embeddings, self.text_weight, self.is_cross_modal = dict(embeddings or {}), text_weight, is_cross_modal
         self.block, self.parts = fratmae.token_patch, MODALITIES if align is None else (*MODALITIES, "text")
-        self.patch = tuple(n * side for n, side in zip(fratmae.grid, fratmae.token_patch, strict=True))
         self.mask_ratio, self.masked = mask_ratio, round(mask_ratio * math.prod(fratmae.grid))
         self.tower_name: str | None = None
         self.numbers: dict[str, int] = {}  # of the prompts
@@ -323,7 +322,7 @@ class FratMAEMethod(Method):
         tokens = self.tokens(mask)
         predictions, pet_cls = self.fratmae(image, {modality: keep for modality, (keep, _) in tokens.items()})
         losses = {
-            modality: reconstruction_loss(prediction, image[:, MODALITIES.index(modality)][:, None],
+            modality: reconstruction_loss(prediction, image[:, number_of(modality)][:, None],
                                           tokens[modality][1], self.fratmae.token_patch)
             for modality, prediction in predictions.items()
         }  # fmt: skip
@@ -346,7 +345,7 @@ class FratMAEMethod(Method):
         volumes = image.clone()
         for modality, prediction in self.fratmae(image, keep)[0].items():
             volume = unpatchify(prediction.to(image), self.fratmae.grid, self.fratmae.token_patch)
-            volumes[:, MODALITIES.index(modality)] = volume[:, 0]
+            volumes[:, number_of(modality)] = volume[:, 0]
         return volumes
 
     def attention(self, image: Tensor, mask: Tensor) -> dict[str, Any] | None:

@@ -98,15 +98,6 @@ class Method(nn.Module, ABC):
         """Where a hidden place of the PET looks in the CT, for the picture (`report.plot_reconstruction`)."""
         return None
 
-    @property
-    def grid(self) -> tuple[int, int, int]:
-        """Blocks of a patch along (H, W, D)."""
-        h, w, d = (side // block for side, block in zip(self.patch, self.block, strict=True))
-        return h, w, d
-
-    patch: tuple[int, int, int]
-    """Voxels (H, W, D)."""
-
 
 def generator_of(key: tuple[int, ...]) -> torch.Generator:
     """On the CPU, so that a key gives the same numbers on every device."""
