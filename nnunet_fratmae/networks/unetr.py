@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from dynamic_network_architectures.building_blocks.residual import BasicBlockD
@@ -108,10 +109,10 @@ class FratMAEUNETR(nn.Module):
         token_patch: (H, W, D) voxels of a token.
         embed_dim, depth, num_heads: of each encoder.
         features: channels of the decoder at full resolution.
-        modalities, axes, scale, shift, clip: of the front door.
         strides: of the decoder's steps from the tokens to the voxels, deepest first (networks/strides.py); None: those
             of isotropic voxels.
         deep_supervision: nnU-Net passes it; UNETR has one output, so it must be off (UserError).
+        front_door: arguments of `FrontDoor`.
     """
 
     def __init__(
@@ -124,13 +125,9 @@ class FratMAEUNETR(nn.Module):
         depth: int,
         num_heads: int,
         features: int,
-        modalities: Sequence[int | None] = (0, 1),
-        axes: Sequence[int] = (0, 1, 2),
-        scale: Sequence[float] = (1.0, 1.0),
-        shift: Sequence[float] = (0.0, 0.0),
-        clip: Sequence[Sequence[float] | None] = (None, None),
         strides: Sequence[Sequence[int]] | None = None,
         deep_supervision: bool = False,
+        **front_door: Any,
     ) -> None:
         super().__init__()
         if deep_supervision:
@@ -139,7 +136,7 @@ class FratMAEUNETR(nn.Module):
                             "classes of whole bodies by -tr FratMAEStagingTrainer; nnU-Net's own trainers take their "
                             "own plans (-p nnUNetPlans)")  # fmt: skip
         self.tap_layers = tap_layers(depth)
-        self.front_door = FrontDoor(input_channels, modalities, axes, scale, shift, clip)
+        self.front_door = FrontDoor(input_channels, **front_door)
         names = self.front_door.names
         self.encoders = dual_encoders(patch_size, token_patch, embed_dim, depth, num_heads, names)
         # Stock `nnUNetv2_train -pretrained_weights` skips keys with ".seg_layers." and wants all others in the file.
