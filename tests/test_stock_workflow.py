@@ -11,8 +11,6 @@ import functools
 import json
 import multiprocessing
 import os
-import sys
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 from unittest import mock
@@ -28,6 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from nnunet_fratmae.trainer import PRETRAINED_VARIABLE, FratMAETrainer
 from tests.conftest import SETTINGS, Workspace
+from tests.helpers import commands
 
 MODEL = "-tr FratMAETrainer -p FratMAEPlans"
 TRAIN = f"nnUNetv2_train 7 3d_fullres 0 {MODEL} -device cpu"
@@ -44,25 +43,8 @@ def in_new_process(log: Path, environment: dict[str, str], function: Callable, *
     os.environ.update(environment)
     for name in [name for name, value in environment.items() if not value]:
         del os.environ[name]
-    sys.stdout = sys.stderr = log.open("w", buffering=1, encoding="utf-8")
-    for descriptor in 1, 2:
-        os.dup2(sys.stdout.fileno(), descriptor)
-    # nnU-Net's workers are forked too instead of spawned; that is safe only as long as torch has a single thread
-    fork = multiprocessing.get_context("fork")
-    multiprocessing.get_context = lambda method=None: fork
-    torch.set_num_threads = lambda number: None
-    code = 1
-    try:
-        function(*arguments)
-        code = 0
-    except SystemExit as end:
-        code = end.code if isinstance(end.code, int) else int(end.code is not None)
-        if isinstance(end.code, str):
-            print(end.code, file=sys.stderr)
-    except BaseException:
-        traceback.print_exc()
-    sys.stdout.flush()
-    os._exit(code)
+    log.write_text("", encoding="utf-8")
+    commands.end_with(lambda: function(*arguments), [log, log])
 
 
 class Desk(Workspace):

@@ -16,12 +16,14 @@ import json
 import multiprocessing
 import os
 import runpy
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
 import threading
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -97,6 +99,7 @@ def serve(address: str) -> dict:
                 listener.close()
                 return _wait_for_child(connection)
             connection.close()
+    shutil.rmtree(Path(address).parent)
     sys.exit()
 
 
@@ -117,19 +120,28 @@ def become(request: dict) -> NoReturn:
     """Be the command that was asked for, down to variables, folder and outputs, and end as it ends."""
     os.environ.clear()
     os.environ.update(request["environment"] | SINGLE)
+    os.chdir(request["cwd"])
+    sys.argv = request["argv"]
+    sys.path[0] = str(Path(sys.argv[0]).parent)
+    end_with(lambda: runpy.run_path(sys.argv[0], run_name="__main__"), request["outputs"])
+
+
+def end_with(function: Callable[[], object], outputs: Sequence[str | Path]) -> NoReturn:
+    """Do the one thing that is left for this process, which was forked, and end as Python ends.
+
+    Args:
+        outputs: files to which stdout and stderr are appended, perhaps the same one.
+    """
     fork = multiprocessing.get_context("fork")
     multiprocessing.get_context = lambda method=None: fork
     sys.modules["torch"].set_num_threads = lambda number: None
-    os.chdir(request["cwd"])
-    for number, path in zip((1, 2), request["outputs"], strict=True):
+    for number, path in zip((1, 2), outputs, strict=True):
         file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(file, number)
         os.close(file)
-    sys.argv = request["argv"]
-    sys.path[0] = str(Path(sys.argv[0]).parent)
     code: object = None
     try:
-        runpy.run_path(sys.argv[0], run_name="__main__")
+        function()
     except SystemExit as end:
         code = end.code
     except BaseException:
