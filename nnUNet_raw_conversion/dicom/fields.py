@@ -43,7 +43,7 @@ def no_number(item: pydicom.Dataset, keyword: str) -> str:
         element = item.get_item(keyword)
     except (ValueError, TypeError, KeyError):
         element = None
-    is_there = element is not None and bool(str(plain_text(element.value or "")).strip())
+    is_there = element is not None and bool(plain_text(element.value or ""))
     return "is no number" if is_there and number_of(item, keyword) is None else "is missing or 0"
 
 
